@@ -1,0 +1,30 @@
+//! The decisions of vmpager, **without I/O, threads or a clock**.
+//!
+//! A fault is an address; what must happen next depends only on what is
+//! already known of the page. This crate holds that knowledge and takes those
+//! decisions; carrying them out (reading sources, `UFFDIO_COPY`, waking vCPUs)
+//! is for the crates above.
+//!
+//! | module | what it decides |
+//! |---|---|
+//! | [`addr`] | what an address, a page and a range are |
+//! | [`slot`] | which slot and page an address belongs to |
+//! | [`page_map`] | what state a page is in, for every thread and process that looks |
+//! | [`prefetch`] | how much to bring in beside a demanded page, and what to fill next |
+//! | [`engine`] | what to do about a fault, a removal, a finished read |
+//! | [`source`] | how page contents are asked for |
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod engine;
+pub mod page_map;
+pub mod prefetch;
+pub mod slot;
+pub mod source;
+mod sync;
+
+pub use addr::{ByteRange, Hva, PageRun, PageSize};
+pub use engine::{Engine, FaultPlan, FillPlan};
+pub use page_map::{Content, PageMap, Words};
+pub use slot::{Slot, SlotError, SlotSet};
+pub use source::{PageData, PageReader, PageSource, Priority, ReadId, ReadRequest, SourceError};

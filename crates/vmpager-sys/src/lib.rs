@@ -1,0 +1,21 @@
+//! The kernel ABI vmpager stands on, and nothing else: owned handles in,
+//! `Result` out. Together with the KVM rooms this is the only place with
+//! `unsafe` in the workspace.
+//!
+//! | module | kernel interface |
+//! |---|---|
+//! | [`uffd`] | userfaultfd(2): create, adopt, register, install, wake, read |
+//! | [`memory`] | mappings of guest memory: anonymous, hugetlb, file, memfd |
+//! | [`shared`] | words of memory shared between processes through a memfd |
+//! | [`file_map`] | read-only file mappings that only the kernel reads |
+//! | [`ring`] | positioned reads through io_uring |
+//! | [`peer`] | unix sockets with descriptors, pidfds, what a descriptor is |
+//! | [`probe`] | what this kernel and this user can do |
+
+pub mod file_map;
+pub mod memory;
+pub mod peer;
+pub mod probe;
+pub mod ring;
+pub mod shared;
+pub mod uffd;

@@ -1,0 +1,313 @@
+//! Mappings of guest memory in this process.
+//!
+//! Others write to guest memory at any time (vCPUs, the kernel, other
+//! processes), so it is never lent as a slice: bytes go in and out by volatile
+//! copies.
+
+use std::any::Any;
+use std::ffi::c_void;
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use rustix::mm::{self, Advice, MapFlags, ProtFlags};
+
+/// A mapping of this process, unmapped when dropped.
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to no thread, and all access through it is by
+// volatile copies, as to memory shared with other processes.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mapping({:p}, {:#x})", self.base, self.len)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `len` are those of a mapping this value owns.
+        let result = unsafe { mm::munmap(self.base.as_ptr().cast(), self.len) };
+        debug_assert!(result.is_ok(), "munmap: {result:?}");
+    }
+}
+
+impl Mapping {
+    /// Private anonymous memory in base pages (no transparent huge pages, so
+    /// that a touch faults for 4 KiB).
+    ///
+    /// # Errors
+    ///
+    /// If there is no address space left for it.
+    pub fn anonymous(len: usize) -> io::Result<Self> {
+        let mapping = Self::map_anonymous(len, MapFlags::PRIVATE | MapFlags::NORESERVE)?;
+        mapping.advise(0..len, Advice::LinuxNoHugepage)?;
+        Ok(mapping)
+    }
+
+    /// Private anonymous memory in hugetlb pages of 2 MiB. Not reserved: with
+    /// an empty pool, touching it fails rather than making it.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no such pages.
+    pub fn hugetlb_2m(len: usize) -> io::Result<Self> {
+        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+        Self::map_anonymous(len, flags | MapFlags::NORESERVE)
+    }
+
+    fn map_anonymous(len: usize, flags: MapFlags) -> io::Result<Self> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mm::mmap_anonymous(ptr::null_mut(), len, prot, flags) }?;
+        Self::owning(base, len)
+    }
+
+    /// A copy-on-write mapping of a file's first `len` bytes, as a VMM restores
+    /// a snapshot without a pager.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be mapped.
+    pub fn file_private(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        Self::map_file(file, len, MapFlags::PRIVATE | MapFlags::NORESERVE)
+    }
+
+    /// A shared mapping of a file's or memfd's first `len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be mapped.
+    pub fn file_shared(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        Self::map_file(file, len, MapFlags::SHARED)
+    }
+
+    fn map_file(file: BorrowedFd<'_>, len: usize, flags: MapFlags) -> io::Result<Self> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mm::mmap(ptr::null_mut(), len, prot, flags, file, 0) }?;
+        Self::owning(base, len)
+    }
+
+    fn owning(base: *mut c_void, len: usize) -> io::Result<Self> {
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, len })
+    }
+
+    /// Its address in this process.
+    pub fn hva(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes (it always has some).
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// A pointer to `offset`, after checking that `size` bytes fit there.
+    ///
+    /// # Panics
+    ///
+    /// If they do not.
+    fn at(&self, offset: usize, size: usize) -> *mut u8 {
+        let end = offset.checked_add(size).expect("range fits the address space");
+        assert!(end <= self.len, "{offset:#x}+{size:#x} is outside {self:?}");
+        // SAFETY: within the mapping, as just checked.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+
+    /// Reads one naturally aligned word.
+    ///
+    /// # Panics
+    ///
+    /// If the offset is outside or misaligned.
+    pub fn read_u64(&self, offset: usize) -> u64 {
+        assert!(offset.is_multiple_of(8), "misaligned word at {offset:#x}");
+        let at = self.at(offset, 8).cast::<u64>();
+        // SAFETY: inside the mapping and aligned.
+        unsafe { at.read_volatile() }
+    }
+
+    /// Writes one naturally aligned word.
+    ///
+    /// # Panics
+    ///
+    /// If the offset is outside or misaligned.
+    pub fn write_u64(&self, offset: usize, value: u64) {
+        assert!(offset.is_multiple_of(8), "misaligned word at {offset:#x}");
+        let at = self.at(offset, 8).cast::<u64>();
+        // SAFETY: inside the mapping and aligned.
+        unsafe { at.write_volatile(value) };
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Panics
+    ///
+    /// If the range is outside.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        let at = self.at(offset, into.len());
+        let (words, tail) = into.as_chunks_mut::<8>();
+        for (i, word) in words.iter_mut().enumerate() {
+            // SAFETY: inside the mapping, as checked for the whole range.
+            let from = unsafe { at.add(i * 8) }.cast::<[u8; 8]>();
+            // SAFETY: inside the mapping; byte arrays have no alignment.
+            *word = unsafe { from.read_volatile() };
+        }
+        for (i, byte) in tail.iter_mut().enumerate() {
+            // SAFETY: inside the mapping, as checked for the whole range.
+            let from = unsafe { at.add(words.len() * 8 + i) };
+            // SAFETY: inside the mapping.
+            *byte = unsafe { from.read_volatile() };
+        }
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Panics
+    ///
+    /// If the range is outside.
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        let at = self.at(offset, from.len());
+        // SAFETY: inside the mapping, and a slice never overlaps guest memory.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), at, from.len()) };
+    }
+
+    /// Gives pages back to the kernel (`MADV_DONTNEED`), as a balloon does:
+    /// anonymous ones read as zeroes afterwards.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not page-aligned.
+    pub fn discard(&self, range: Range<usize>) -> io::Result<()> {
+        self.advise(range, Advice::LinuxDontNeed)
+    }
+
+    /// Brings pages in for writing (`MADV_POPULATE_WRITE`).
+    ///
+    /// # Errors
+    ///
+    /// If a page cannot be had.
+    pub fn populate(&self, range: Range<usize>) -> io::Result<()> {
+        self.advise(range, Advice::LinuxPopulateWrite)
+    }
+
+    fn advise(&self, range: Range<usize>, advice: Advice) -> io::Result<()> {
+        let len = range.end.saturating_sub(range.start);
+        let at = self.at(range.start, len);
+        // SAFETY: inside a mapping that is only accessed by volatile copies,
+        // which any change of contents leaves sound.
+        unsafe { mm::madvise(at.cast(), len, advice) }?;
+        Ok(())
+    }
+
+    /// The kernel's `pread` straight into the mapping, until `len` bytes are
+    /// there or the file ends.
+    ///
+    /// # Errors
+    ///
+    /// If reading fails, or the file ends early.
+    pub fn read_from_file(&self, file: BorrowedFd<'_>, range: Range<usize>) -> io::Result<()> {
+        let mut done = range.start;
+        while done < range.end {
+            let at = self.at(done, range.end - done);
+            // SAFETY: `at` is valid for that many bytes; the kernel writes them.
+            let n = unsafe {
+                libc::pread(
+                    std::os::fd::AsRawFd::as_raw_fd(&file),
+                    at.cast(),
+                    range.end - done,
+                    libc::off_t::try_from(done).map_err(io::Error::other)?,
+                )
+            };
+            match usize::try_from(n) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => done += n,
+                Err(_) => return Err(io::Error::last_os_error()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A range of this process's memory that may be served by a pager.
+///
+/// Serving memory means that pages nobody wrote appear filled. Holding a
+/// `GuestRange` is the promise that nothing in the process relies on their
+/// being absent or zero, and that the memory stays mapped while it is held.
+#[derive(Clone)]
+pub struct GuestRange {
+    hva: u64,
+    len: u64,
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for GuestRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GuestRange({:#x}, {:#x})", self.hva, self.len)
+    }
+}
+
+impl GuestRange {
+    /// Any range of this process's memory, kept mapped by `keep`.
+    ///
+    /// # Safety
+    ///
+    /// The range must be mapped for as long as `keep` lives, and must only be
+    /// accessed as memory shared with others is: by volatile or atomic access,
+    /// never through a Rust reference.
+    pub unsafe fn new(hva: u64, len: u64, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { hva, len, _keep: keep }
+    }
+
+    /// A whole [`Mapping`].
+    pub fn of_mapping(mapping: &Arc<Mapping>) -> Self {
+        Self { hva: mapping.hva(), len: mapping.len() as u64, _keep: mapping.clone() }
+    }
+
+    /// Every region of a VMM's guest memory, in guest-physical order.
+    ///
+    /// `vm-memory` accesses guest memory by volatile copies only, which is what
+    /// [`new`](Self::new) asks for.
+    #[cfg(feature = "vm-memory")]
+    pub fn of_guest_memory(memory: &vm_memory::GuestMemoryMmap) -> Vec<Self> {
+        use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+        memory
+            .iter()
+            .map(|region| Self {
+                hva: region.as_ptr() as u64,
+                len: region.len(),
+                _keep: Arc::new(memory.clone()),
+            })
+            .collect()
+    }
+
+    /// First address.
+    pub fn hva(&self) -> u64 {
+        self.hva
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}

@@ -1,0 +1,126 @@
+//! The process at the other end of a unix socket: its descriptors, its
+//! identity, its end.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// The most descriptors taken from one message; the kernel closes the rest.
+pub const MAX_DESCRIPTORS: usize = 16;
+
+/// What a descriptor is, as `/proc/self/fd` names it: a path, or something
+/// like `anon_inode:[userfaultfd]`.
+pub fn fd_kind(fd: BorrowedFd<'_>) -> String {
+    match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+        Ok(target) => target.to_string_lossy().into_owned(),
+        Err(error) => format!("unknown ({error})"),
+    }
+}
+
+/// Sends bytes and descriptors in one message.
+///
+/// # Errors
+///
+/// If the peer is gone or the message does not fit the socket.
+pub fn send_with_fds(
+    socket: impl AsFd,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?)
+}
+
+/// Receives bytes, and appends the descriptors that came with them. Returns
+/// the number of bytes; 0 is the end of the stream.
+///
+/// # Errors
+///
+/// `WouldBlock` if nothing is there, or what the system says.
+pub fn recv_with_fds(
+    socket: impl AsFd,
+    into: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let received = loop {
+        match recvmsg(&socket, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => break other?,
+        }
+    };
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            fds.extend(received);
+        }
+    }
+    Ok(received.bytes)
+}
+
+/// Who is at the other end of a socket.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its process id, for messages; only `pidfd` identifies it.
+    pub pid: i32,
+    /// The process, pinned: readable once it has exited.
+    pub pidfd: Option<OwnedFd>,
+}
+
+impl Peer {
+    /// Asks the socket. Prefers SO_PEERPIDFD (Linux 6.5), which cannot name a
+    /// recycled pid, over opening the pid of SO_PEERCRED.
+    ///
+    /// # Errors
+    ///
+    /// If the socket is not connected.
+    pub fn of(socket: impl AsFd) -> io::Result<Self> {
+        let cred = rustix::net::sockopt::socket_peercred(&socket)?;
+        let pidfd = peer_pidfd(socket.as_fd())
+            .or_else(|_| pidfd_open(cred.pid, PidfdFlags::empty()).map_err(io::Error::from))
+            .ok();
+        Ok(Self { pid: Pid::as_raw(Some(cred.pid)), pidfd })
+    }
+}
+
+fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut fd: libc::c_int = -1;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the option writes one int, for which there is space.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 || fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: on success the kernel returns a new descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether another process still holds a userfaultfd: if it does, our end
+/// freezes its faulting threads; if not, they would read zeroes.
+pub fn holds_userfaultfd(pid: i32) -> bool {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    entries
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+        .any(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
+}

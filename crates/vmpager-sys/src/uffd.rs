@@ -1,0 +1,515 @@
+//! userfaultfd(2), with ioctls of our own: the outcomes that matter to a pager
+//! (how far an install came, and why it stopped) are in the result, not lost
+//! in an `errno`.
+//!
+//! Follows `Documentation/admin-guide/mm/userfaultfd.rst` and
+//! ioctl_userfaultfd(2). Structures come from `linux-raw-sys`; their sizes and
+//! the ioctl numbers built from them are checked at compile time.
+
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use linux_raw_sys::general as raw;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::ioctl::{self, Opcode, Updater, opcode};
+
+use crate::memory::GuestRange;
+use crate::peer::fd_kind;
+
+const GROUP: u8 = 0xaa;
+const API: Opcode = opcode::read_write::<raw::uffdio_api>(GROUP, 0x3f);
+const REGISTER: Opcode = opcode::read_write::<raw::uffdio_register>(GROUP, 0x00);
+const UNREGISTER: Opcode = opcode::read::<raw::uffdio_range>(GROUP, 0x01);
+const WAKE: Opcode = opcode::read::<raw::uffdio_range>(GROUP, 0x02);
+const COPY: Opcode = opcode::read_write::<raw::uffdio_copy>(GROUP, 0x03);
+const ZEROPAGE: Opcode = opcode::read_write::<raw::uffdio_zeropage>(GROUP, 0x04);
+const WRITEPROTECT: Opcode = opcode::read_write::<raw::uffdio_writeprotect>(GROUP, 0x06);
+const POISON: Opcode = opcode::read_write::<raw::uffdio_poison>(GROUP, 0x08);
+/// `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`.
+const DEVICE_NEW: Opcode = opcode::none(GROUP, 0x00);
+
+const _: () = {
+    assert!(API == linux_raw_sys::ioctl::UFFDIO_API);
+    assert!(REGISTER == linux_raw_sys::ioctl::UFFDIO_REGISTER);
+    assert!(UNREGISTER == linux_raw_sys::ioctl::UFFDIO_UNREGISTER);
+    assert!(WAKE == linux_raw_sys::ioctl::UFFDIO_WAKE);
+    assert!(COPY == linux_raw_sys::ioctl::UFFDIO_COPY);
+    assert!(ZEROPAGE == linux_raw_sys::ioctl::UFFDIO_ZEROPAGE);
+    assert!(WRITEPROTECT == linux_raw_sys::ioctl::UFFDIO_WRITEPROTECT);
+    assert!(size_of::<raw::uffdio_poison>() == 32);
+    assert!(size_of::<raw::uffd_msg>() == Message::BYTES);
+};
+
+/// A set of `UFFD_FEATURE_*` bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features(pub u64);
+
+impl Features {
+    /// No feature.
+    pub const NONE: Self = Self(0);
+    /// The VMM's `madvise(MADV_DONTNEED)` and the like are reported.
+    pub const EVENT_REMOVE: Self = Self(raw::UFFD_FEATURE_EVENT_REMOVE as u64);
+    /// The VMM's `munmap` is reported.
+    pub const EVENT_UNMAP: Self = Self(raw::UFFD_FEATURE_EVENT_UNMAP as u64);
+    /// Missing faults on hugetlb memory.
+    pub const MISSING_HUGETLBFS: Self = Self(raw::UFFD_FEATURE_MISSING_HUGETLBFS as u64);
+    /// `UFFDIO_POISON` exists.
+    pub const POISON: Self = Self(raw::UFFD_FEATURE_POISON as u64);
+
+    /// Whether all bits of `other` are in this set.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// The bits of both sets.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// Why no userfaultfd could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Neither the device nor the system call gave one.
+    #[error(
+        "no userfaultfd: /dev/userfaultfd: {device}; userfaultfd(2): {syscall}. Give this user \
+         access to /dev/userfaultfd, or CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1"
+    )]
+    Unavailable {
+        /// What opening the device said.
+        device: io::Error,
+        /// What the system call said.
+        syscall: io::Error,
+    },
+    /// The kernel lacks a feature asked for.
+    #[error("this kernel's userfaultfd lacks features {wanted:#x}: {error}")]
+    Features {
+        /// The bits asked for.
+        wanted: u64,
+        /// What `UFFDIO_API` said.
+        error: io::Error,
+    },
+    /// A descriptor that was handed over is something else.
+    #[error("the descriptor is no userfaultfd but {kind}")]
+    NotUserfaultfd {
+        /// What it is, as `/proc/self/fd` names it.
+        kind: String,
+    },
+    /// Preparing a descriptor failed.
+    #[error("preparing the userfaultfd: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// How an install ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Installed {
+    /// Bytes installed from the start of the range.
+    pub bytes: u64,
+    /// Why it stopped before the end of the range; `None` if it did not.
+    pub stop: Option<Stop>,
+}
+
+/// Why an install stopped at the first page it did not install.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// EEXIST: that page is present already (trap: its waiters still need a
+    /// wake).
+    Present,
+    /// EAGAIN: the memory's layout is changing; read the events first.
+    Changing,
+    /// ENOENT: the range is not registered, or no longer mapped.
+    Unmapped,
+    /// ESRCH: the process is gone.
+    Gone,
+    /// ENOMEM or, for hugetlb, ENOSPC: no page to install into.
+    NoMemory,
+    /// EFAULT: the source address could not be read.
+    SourceFault,
+    /// Anything else.
+    Other(Errno),
+}
+
+impl Stop {
+    fn from_errno(errno: Errno) -> Self {
+        match errno {
+            Errno::EXIST => Self::Present,
+            Errno::AGAIN => Self::Changing,
+            Errno::NOENT => Self::Unmapped,
+            Errno::SRCH => Self::Gone,
+            Errno::NOMEM | Errno::NOSPC => Self::NoMemory,
+            Errno::FAULT => Self::SourceFault,
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// One message read from a userfaultfd.
+#[derive(Debug)]
+pub enum Message {
+    /// Somebody waits for a page.
+    Fault {
+        /// The address touched (rounded down to its page unless
+        /// `EXACT_ADDRESS` was negotiated).
+        address: u64,
+        /// `UFFD_PAGEFAULT_FLAG_*`.
+        flags: u64,
+    },
+    /// The pages of a range were given back (`MADV_DONTNEED`, `MADV_REMOVE`)
+    /// or, with `unmapped`, the mapping itself is gone.
+    Remove {
+        /// First address of the range.
+        start: u64,
+        /// One past the last.
+        end: u64,
+        /// Whether it was `munmap`.
+        unmapped: bool,
+    },
+    /// A registered range moved.
+    Remap {
+        /// Its old address.
+        from: u64,
+        /// Its new one.
+        to: u64,
+        /// Its length.
+        len: u64,
+    },
+    /// The process forked; the child's memory has this userfaultfd.
+    Fork {
+        /// The child's userfaultfd.
+        child: OwnedFd,
+    },
+    /// An event of a kind this version does not know.
+    Unknown(u8),
+}
+
+impl Message {
+    /// Size of a message on the wire.
+    const BYTES: usize = 32;
+
+    fn parse(bytes: &[u8; Self::BYTES]) -> Self {
+        let word = |i: usize| {
+            let mut eight = [0; 8];
+            eight.copy_from_slice(&bytes[i * 8..i * 8 + 8]);
+            u64::from_ne_bytes(eight)
+        };
+        match u32::from(bytes[0]) {
+            raw::UFFD_EVENT_PAGEFAULT => Self::Fault { flags: word(1), address: word(2) },
+            raw::UFFD_EVENT_REMOVE => {
+                Self::Remove { start: word(1), end: word(2), unmapped: false }
+            }
+            raw::UFFD_EVENT_UNMAP => Self::Remove { start: word(1), end: word(2), unmapped: true },
+            raw::UFFD_EVENT_REMAP => Self::Remap { from: word(1), to: word(2), len: word(3) },
+            raw::UFFD_EVENT_FORK => {
+                let mut four = [0; 4];
+                four.copy_from_slice(&bytes[8..12]);
+                // SAFETY: the kernel made this descriptor for the reader of the
+                // message, and each message is parsed once (`Messages::drain`).
+                Self::Fork { child: unsafe { OwnedFd::from_raw_fd(i32::from_ne_bytes(four)) } }
+            }
+            _ => Self::Unknown(bytes[0]),
+        }
+    }
+}
+
+/// A buffer for as many messages as one `read` returns.
+#[derive(Debug)]
+pub struct Messages {
+    bytes: Box<[u8; Self::BATCH * Message::BYTES]>,
+    filled: usize,
+}
+
+impl Messages {
+    /// The most messages one `read` returns.
+    pub const BATCH: usize = 64;
+
+    /// An empty buffer.
+    pub fn new() -> Self {
+        Self { bytes: Box::new([0; Self::BATCH * Message::BYTES]), filled: 0 }
+    }
+
+    /// Takes the messages of the last [`Userfaultfd::read`], in the kernel's
+    /// order. Each is handed out once: it may own a descriptor.
+    pub fn drain(&mut self) -> impl Iterator<Item = Message> + '_ {
+        let filled = std::mem::take(&mut self.filled);
+        self.bytes[..filled].as_chunks::<{ Message::BYTES }>().0.iter().map(Message::parse)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.filled / Message::BYTES
+    }
+
+    /// Whether the last read found nothing.
+    pub fn is_empty(&self) -> bool {
+        self.filled == 0
+    }
+}
+
+impl Default for Messages {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A userfaultfd: of this process, or handed over by the process whose memory
+/// it serves. Always non-blocking.
+#[derive(Debug)]
+pub struct Userfaultfd {
+    fd: OwnedFd,
+    features: Features,
+}
+
+impl AsFd for Userfaultfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Userfaultfd {
+    /// Makes a userfaultfd for this process's memory that also reports faults
+    /// the kernel takes on its behalf, and negotiates exactly `features`.
+    ///
+    /// # Errors
+    ///
+    /// If this user may not have one, or the kernel lacks a feature.
+    pub fn open(features: Features) -> Result<Self, OpenError> {
+        let fd = match open_by_device() {
+            Ok(fd) => fd,
+            Err(device) => open_by_syscall()
+                .map_err(|syscall| OpenError::Unavailable { device, syscall })?,
+        };
+        let mut api =
+            raw::uffdio_api { api: raw::UFFD_API.into(), features: features.0, ioctls: 0 };
+        // SAFETY: UFFDIO_API reads and writes one uffdio_api.
+        let result = unsafe { ioctl::ioctl(&fd, Updater::<API, _>::new(&mut api)) };
+        result.map_err(|e| OpenError::Features { wanted: features.0, error: e.into() })?;
+        Ok(Self { fd, features })
+    }
+
+    /// Takes over a userfaultfd made and negotiated by another process. Its
+    /// features are read from its `fdinfo`, since the kernel negotiates once.
+    ///
+    /// # Errors
+    ///
+    /// If it is another kind of descriptor.
+    pub fn adopt(fd: OwnedFd) -> Result<Self, OpenError> {
+        let kind = fd_kind(fd.as_fd());
+        if kind != "anon_inode:[userfaultfd]" {
+            return Err(OpenError::NotUserfaultfd { kind });
+        }
+        // A blocking one reports EPOLLERR for ever.
+        let flags = rustix::fs::fcntl_getfl(&fd).map_err(io::Error::from)?;
+        rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+        Ok(Self { fd, features: Features(features_in_fdinfo(&info)) })
+    }
+
+    /// A second descriptor for the same userfaultfd, to hand to another
+    /// process.
+    ///
+    /// # Errors
+    ///
+    /// If the process has no descriptor left.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.fd.try_clone()
+    }
+
+    /// The features negotiated.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Registers memory of this process for missing faults: until a page of it
+    /// is installed, whoever touches it waits.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not mapped, is registered elsewhere, or is of a kind
+    /// that userfaultfd does not serve.
+    pub fn register_missing(&self, range: &GuestRange) -> io::Result<()> {
+        let mut args = raw::uffdio_register {
+            range: raw::uffdio_range { start: range.hva(), len: range.len() },
+            mode: 1, // UFFDIO_REGISTER_MODE_MISSING
+            ioctls: 0,
+        };
+        // SAFETY: UFFDIO_REGISTER reads and writes one uffdio_register; that
+        // the range may fill up by itself is promised by GuestRange.
+        let result = unsafe { ioctl::ioctl(&self.fd, Updater::<REGISTER, _>::new(&mut args)) };
+        Ok(result?)
+    }
+
+    /// Ends the registration of a range: waiters are woken, and pages still
+    /// absent read as zeroes from then on.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not registered with this userfaultfd.
+    pub fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut range = raw::uffdio_range { start, len };
+        // SAFETY: UFFDIO_UNREGISTER reads one uffdio_range.
+        let result = unsafe { ioctl::ioctl(&self.fd, Updater::<UNREGISTER, _>::new(&mut range)) };
+        Ok(result?)
+    }
+
+    /// Installs `len` bytes at `dst` from `src`, an address in **this**
+    /// process that the kernel reads, and wakes the waiters of what it
+    /// installed. Pages that are present are never overwritten.
+    ///
+    /// The kernel validates both addresses, so this cannot break this
+    /// process's memory safety: `dst` must lie in a registered range, and an
+    /// unreadable `src` ends in [`Stop::SourceFault`].
+    pub fn copy(&self, dst: u64, src: usize, len: u64) -> Installed {
+        let src = src as u64;
+        install(len, |done| {
+            let mut args = raw::uffdio_copy {
+                dst: dst + done,
+                src: src + done,
+                len: len - done,
+                mode: 0,
+                copy: 0,
+            };
+            // SAFETY: UFFDIO_COPY reads and writes one uffdio_copy.
+            let result = unsafe { ioctl::ioctl(&self.fd, Updater::<COPY, _>::new(&mut args)) };
+            (result, args.copy)
+        })
+    }
+
+    /// Installs zero pages. Not for hugetlb (EINVAL).
+    pub fn zeropage(&self, start: u64, len: u64) -> Installed {
+        install(len, |done| {
+            let range = raw::uffdio_range { start: start + done, len: len - done };
+            let mut args = raw::uffdio_zeropage { range, mode: 0, zeropage: 0 };
+            // SAFETY: UFFDIO_ZEROPAGE reads and writes one uffdio_zeropage.
+            let result = unsafe { ioctl::ioctl(&self.fd, Updater::<ZEROPAGE, _>::new(&mut args)) };
+            (result, args.zeropage)
+        })
+    }
+
+    /// Marks absent pages as poisoned: touching one raises SIGBUS, or a
+    /// machine check in a guest.
+    pub fn poison(&self, start: u64, len: u64) -> Installed {
+        install(len, |done| {
+            let range = raw::uffdio_range { start: start + done, len: len - done };
+            let mut args = raw::uffdio_poison { range, mode: 0, updated: 0 };
+            // SAFETY: UFFDIO_POISON reads and writes one uffdio_poison.
+            let result = unsafe { ioctl::ioctl(&self.fd, Updater::<POISON, _>::new(&mut args)) };
+            (result, args.updated)
+        })
+    }
+
+    /// Wakes whoever waits in a range; those whose page is still absent fault
+    /// again.
+    ///
+    /// # Errors
+    ///
+    /// If the range is misaligned or empty.
+    pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut range = raw::uffdio_range { start, len };
+        // SAFETY: UFFDIO_WAKE reads one uffdio_range.
+        let result = unsafe { ioctl::ioctl(&self.fd, Updater::<WAKE, _>::new(&mut range)) };
+        Ok(result?)
+    }
+
+    /// Whether the process whose memory this is still has it. Asks for write
+    /// protection to be lifted where none is, which changes nothing and fails
+    /// with ESRCH only if the memory is gone.
+    pub fn is_alive(&self, start: u64, len: u64) -> bool {
+        let range = raw::uffdio_range { start, len };
+        let mut args = raw::uffdio_writeprotect { range, mode: 0 };
+        // SAFETY: UFFDIO_WRITEPROTECT reads one uffdio_writeprotect.
+        let result = unsafe { ioctl::ioctl(&self.fd, Updater::<WRITEPROTECT, _>::new(&mut args)) };
+        result != Err(Errno::SRCH)
+    }
+
+    /// Reads what is pending into `messages`, without waiting.
+    ///
+    /// # Errors
+    ///
+    /// Anything but "nothing there", which leaves `messages` empty.
+    pub fn read(&self, messages: &mut Messages) -> io::Result<()> {
+        messages.filled = 0;
+        loop {
+            match rustix::io::read(&self.fd, &mut messages.bytes[..]) {
+                Ok(n) => messages.filled = n,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => {}
+                Err(e) => return Err(e.into()),
+            }
+            return Ok(());
+        }
+    }
+}
+
+/// Repeats an install ioctl until the range is done or it stops for a reason.
+/// The kernel reports in three ways: an errno, a negative count in the
+/// argument, or a count short of the range, from which to go on.
+fn install(len: u64, mut step: impl FnMut(u64) -> (rustix::io::Result<()>, i64)) -> Installed {
+    let mut done = 0;
+    while done < len {
+        let (result, count) = step(done);
+        match (result, u64::try_from(count)) {
+            (Ok(()), _) => done = len,
+            (Err(_), Ok(part)) if part > 0 => done += part,
+            (Err(errno), _) => {
+                return Installed { bytes: done, stop: Some(Stop::from_errno(errno)) };
+            }
+        }
+    }
+    Installed { bytes: done, stop: None }
+}
+
+fn open_by_device() -> io::Result<OwnedFd> {
+    let device =
+        rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let flags = (OFlags::CLOEXEC | OFlags::NONBLOCK).bits();
+    // SAFETY: USERFAULTFD_IOC_NEW takes open flags and returns a descriptor.
+    let result = unsafe { ioctl::ioctl(&device, NewByDevice(flags as usize)) };
+    Ok(result?)
+}
+
+fn open_by_syscall() -> io::Result<OwnedFd> {
+    use rustix::mm::{UserfaultfdFlags, userfaultfd};
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    // SAFETY: creating a userfaultfd changes no memory.
+    let result = unsafe { userfaultfd(flags) };
+    Ok(result?)
+}
+
+/// `USERFAULTFD_IOC_NEW`: flags as the argument itself, a descriptor as the
+/// return value.
+struct NewByDevice(usize);
+
+// SAFETY: the opcode takes its argument by value and has no output but the
+// returned descriptor, which nobody else owns.
+unsafe impl ioctl::Ioctl for NewByDevice {
+    type Output = OwnedFd;
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        DEVICE_NEW
+    }
+
+    fn as_ptr(&mut self) -> *mut std::ffi::c_void {
+        std::ptr::without_provenance_mut(self.0)
+    }
+
+    unsafe fn output_from_ptr(
+        out: ioctl::IoctlOutput,
+        _: *mut std::ffi::c_void,
+    ) -> rustix::io::Result<Self::Output> {
+        // SAFETY: on success the kernel returns a new descriptor.
+        Ok(unsafe { OwnedFd::from_raw_fd(out) })
+    }
+}
+
+/// `API: aa:<features>:<all features>` in `/proc/self/fdinfo/N`.
+fn features_in_fdinfo(info: &str) -> u64 {
+    info.lines()
+        .find_map(|line| line.strip_prefix("API:"))
+        .and_then(|api| api.trim().split(':').nth(1))
+        .and_then(|features| u64::from_str_radix(features, 16).ok())
+        .unwrap_or(0)
+}
