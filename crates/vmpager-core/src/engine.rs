@@ -1,0 +1,237 @@
+//! The engine: events in (a fault, a removal, a finished read), plans out. It
+//! belongs to the one thread that reads the userfaultfd's events, which is what
+//! makes trap 1 of userfaultfd harmless: between the engine's answer and the
+//! install that follows no event can have been read, so either nothing changed
+//! or the kernel refuses the install with EAGAIN.
+//!
+//! The life of a fetch:
+//!
+//! ```text
+//!   fault / next_fill -> Fetch(run)       the run is claimed
+//!       -> read; for each of still_claimed(run): install
+//!             -> installed(part)          present
+//!             -> released(part)           could not now: ask again
+//!             -> poisoned(part)           cannot ever
+//! ```
+
+use crate::addr::{ByteRange, Hva, PageRun, PageSize};
+use crate::page_map::{Content, PageMap, Words};
+use crate::prefetch::{FillPace, NeighbourPolicy, Neighbours};
+use crate::slot::SlotSet;
+
+/// What to do about a missing fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultPlan {
+    /// Read these pages and install them; they are claimed. `page` is the
+    /// demanded one.
+    Fetch {
+        /// The demanded page.
+        page: u64,
+        /// The claimed run, which holds it.
+        run: PageRun,
+    },
+    /// Install zeroes.
+    Zero(PageRun),
+    /// The page is being fetched: its install will wake the waiter.
+    InFlight(u64),
+    /// The page was installed, and yet somebody found it missing: either the
+    /// message was sent just before the install, or the page was given back
+    /// since. Offer a zero page: the kernel takes it only if the page is
+    /// absent, and then zero is what it must read.
+    Confirm(u64),
+    /// The page cannot be had.
+    Poisoned(u64),
+}
+
+/// The next piece of the background fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FillPlan {
+    /// Read these pages and install them; they are claimed.
+    Fetch(PageRun),
+    /// Nothing left to claim, but reads are still in flight.
+    Wait,
+    /// Every page that has contents is present.
+    Complete,
+}
+
+/// Takes the decisions for the memory one userfaultfd serves.
+#[derive(Debug)]
+pub struct Engine<W> {
+    slots: SlotSet,
+    map: PageMap<W>,
+    neighbours: Neighbours,
+    pace: FillPace,
+    /// No page below this is `Source`.
+    cursor: u64,
+    /// Pages whose bytes are still to come from the source: `Source`, or
+    /// claimed and absent.
+    outstanding: u64,
+}
+
+impl<W: Words> Engine<W> {
+    /// An engine for these slots, with a page map in `words` (zeroed, and as
+    /// many as [`page_map::words_for`](crate::page_map::words_for) says).
+    pub fn new(slots: SlotSet, words: W, neighbours: NeighbourPolicy) -> Self {
+        let pages = slots.pages();
+        Self {
+            map: PageMap::new(words, pages),
+            neighbours: Neighbours::new(neighbours, pages),
+            pace: FillPace::new(),
+            cursor: 0,
+            outstanding: pages,
+            slots,
+        }
+    }
+
+    /// The slots served.
+    pub fn slots(&self) -> &SlotSet {
+        &self.slots
+    }
+
+    /// The page map.
+    pub fn map(&self) -> &PageMap<W> {
+        &self.map
+    }
+
+    /// Pages whose bytes are still to come from the source.
+    pub fn outstanding(&self) -> u64 {
+        self.outstanding
+    }
+
+    /// Somebody waits for the page at `hva`. `None` if no slot is there.
+    pub fn fault(&mut self, hva: Hva) -> Option<FaultPlan> {
+        let page = self.slots.page_at(hva)?;
+        self.pace.demanded();
+        Some(self.plan(page))
+    }
+
+    /// What to do now about a page somebody waits for.
+    pub fn plan(&mut self, page: u64) -> FaultPlan {
+        loop {
+            if self.map.is_present(page) {
+                return FaultPlan::Confirm(page);
+            }
+            match self.map.content(page) {
+                Content::Source => {
+                    let window = self.window(page);
+                    let up = self.map.claim_up(page, window.end() - page);
+                    if up == 0 {
+                        continue; // somebody else was faster: look again
+                    }
+                    let down = self.map.claim_down(page, page - window.first);
+                    return FaultPlan::Fetch { page, run: PageRun::new(page - down, down + up) };
+                }
+                Content::Claimed => return FaultPlan::InFlight(page),
+                Content::Zero => {
+                    let window = self.window(page);
+                    let count = self.map.alike_from(page, window.end() - page);
+                    return FaultPlan::Zero(PageRun::new(page, count));
+                }
+                Content::Poisoned => return FaultPlan::Poisoned(page),
+            }
+        }
+    }
+
+    fn window(&mut self, page: u64) -> PageRun {
+        let (slot, bounds) = self.slots.slot_of(page);
+        match slot.page_size {
+            PageSize::Size4K => self.neighbours.window(page, bounds),
+            PageSize::Size2M => PageRun::new(page, 1),
+        }
+    }
+
+    /// Claims the next piece to fill.
+    pub fn next_fill(&mut self) -> FillPlan {
+        let Some(first) = self.map.next_source(self.cursor) else {
+            self.cursor = self.map.pages();
+            return if self.outstanding == 0 { FillPlan::Complete } else { FillPlan::Wait };
+        };
+        let (slot, bounds) = self.slots.slot_of(first);
+        let piece = match slot.page_size {
+            // Pieces end at multiples of their size, so that a grown piece
+            // covers whole page tables.
+            PageSize::Size4K => {
+                let piece = self.pace.next_pages();
+                piece - first % piece
+            }
+            PageSize::Size2M => 1,
+        };
+        let count = self.map.claim_up(first, piece.min(bounds.end() - first));
+        self.cursor = first + count;
+        match count {
+            0 => FillPlan::Wait, // somebody else was faster
+            _ => FillPlan::Fetch(PageRun::new(first, count)),
+        }
+    }
+
+    /// The parts of a claimed run that nobody took away meanwhile: only these
+    /// may be installed from the source.
+    pub fn still_claimed(&self, run: PageRun) -> impl Iterator<Item = PageRun> + '_ {
+        let mut page = run.first;
+        std::iter::from_fn(move || {
+            while page < run.end() {
+                let alike = self.map.alike_from(page, run.end() - page);
+                let part = PageRun::new(page, alike);
+                page += alike;
+                let claimed = self.map.content(part.first) == Content::Claimed;
+                if claimed && !self.map.is_present(part.first) {
+                    return Some(part);
+                }
+            }
+            None
+        })
+    }
+
+    /// Pages have their contents.
+    pub fn installed(&mut self, run: PageRun) {
+        let mut page = run.first;
+        while page < run.end() {
+            let alike = self.map.alike_from(page, run.end() - page);
+            let part = PageRun::new(page, alike);
+            let from_source = self.map.content(page) == Content::Claimed;
+            let new = self.map.publish(part);
+            if from_source {
+                self.outstanding -= new;
+            }
+            page += alike;
+        }
+    }
+
+    /// Claimed pages could not be installed this time; they will be asked for
+    /// again.
+    pub fn released(&mut self, run: PageRun) {
+        self.map.release(run);
+        self.cursor = self.cursor.min(run.first);
+    }
+
+    /// Claimed pages cannot be had.
+    pub fn poisoned(&mut self, run: PageRun) {
+        self.outstanding -= self.map.poison(run);
+    }
+
+    /// The pages of a range of host addresses were given back: they read as
+    /// zeroes from now on.
+    pub fn removed(&mut self, start: Hva, end: Hva) -> u64 {
+        let mut count = 0;
+        for run in self.slots.runs_within(start, end) {
+            self.outstanding -= self.map.mark_zero(run);
+            count += run.count;
+        }
+        count
+    }
+
+    /// A page that [`FaultPlan::Confirm`] asked about was absent, and has a zero
+    /// page now.
+    pub fn replaced_by_zero(&mut self, page: u64) {
+        let run = PageRun::new(page, 1);
+        self.outstanding -= self.map.mark_zero(run);
+        self.map.publish(run);
+    }
+
+    /// A range of the source is known to be zeroes.
+    pub fn known_zero(&mut self, range: ByteRange) {
+        for run in self.slots.runs_of_source(range) {
+            self.outstanding -= self.map.mark_zero(run);
+        }
+    }
+}

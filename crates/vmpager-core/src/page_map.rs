@@ -1,0 +1,378 @@
+//! The page map: what is known of every page, in atomic words that may lie in
+//! memory shared between processes.
+//!
+//! ```text
+//!            claim                publish
+//!   Source ---------> Claimed --------------> Claimed + present
+//!     ^                | | \
+//!     +----- release --+ |  +-- poison ----> Poisoned
+//!                        |
+//!   any state ----- mark_zero -----> Zero  -- publish --> Zero + present
+//! ```
+//!
+//! Two facts are kept per page, three bits in all:
+//!
+//! - the **present bit**: the page's contents are in place. Set with release
+//!   ordering after the install, read with acquire (I1). It is advice to those
+//!   who read it: a removal that the pager has not heard of yet may have taken
+//!   the page away, so a fault is never answered on its strength alone.
+//! - the **content**, two bits: where the page's bytes come from. `Zero` is
+//!   for ever: once a page was given back it never reads as source bytes
+//!   again, whichever thread, or successor of a crashed process, looks (I3).
+//!
+//! A claim is what makes fetching single-flight (I2): of all who want a page,
+//! the one whose compare-and-swap turns `Source` into `Claimed` fetches it.
+//!
+//! # Layout, in 64-bit words
+//!
+//! | words | what |
+//! |---|---|
+//! | 0 | magic, `b"VMPGMAP\0"` little-endian |
+//! | 1 | version of this layout: 1 |
+//! | 2 | number of pages, n |
+//! | 3..8 | zero, reserved |
+//! | 8.. | present bitmap: bit `p % 64` of word `p / 64`, ceil(n / 64) words |
+//! | then | content, 2 bits a page: bits `2 * (p % 32)` of word `p / 32`, ceil(n / 32) words |
+
+use std::ops::Deref;
+
+use crate::addr::PageRun;
+use crate::sync::{AtomicU64, Ordering};
+
+const HEADER_WORDS: usize = 8;
+const MAGIC: u64 = u64::from_le_bytes(*b"VMPGMAP\0");
+const VERSION: u64 = 1;
+/// Bit 0 of every two-bit field.
+const EVEN: u64 = 0x5555_5555_5555_5555;
+
+/// Memory for a page map: a boxed slice, a vector, or shared memory.
+pub trait Words {
+    /// The words, the same ones at every call.
+    fn words(&self) -> &[AtomicU64];
+}
+
+impl<T: Deref<Target = [AtomicU64]>> Words for T {
+    fn words(&self) -> &[AtomicU64] {
+        self
+    }
+}
+
+/// Where a page's bytes come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// From the source; nobody has asked for them yet.
+    Source,
+    /// From the source; somebody is fetching them or (if present) has.
+    Claimed,
+    /// Zeroes: a hole in the source, or given back by the guest.
+    Zero,
+    /// The source says they cannot be had.
+    Poisoned,
+}
+
+impl Content {
+    const fn bits(self) -> u64 {
+        match self {
+            Self::Source => 0b00,
+            Self::Claimed => 0b01,
+            Self::Zero => 0b10,
+            Self::Poisoned => 0b11,
+        }
+    }
+
+    const fn from_bits(bits: u64) -> Self {
+        match bits & 0b11 {
+            0b00 => Self::Source,
+            0b01 => Self::Claimed,
+            0b10 => Self::Zero,
+            _ => Self::Poisoned,
+        }
+    }
+}
+
+/// The state of every page. See the [module](self) for states and layout.
+#[derive(Debug)]
+pub struct PageMap<W> {
+    words: W,
+    pages: u64,
+    /// Index of the first content word.
+    content: usize,
+}
+
+/// How many words a map of that many pages needs, header included.
+pub fn words_for(pages: u64) -> usize {
+    let words = pages.div_ceil(64) + pages.div_ceil(32);
+    HEADER_WORDS + usize::try_from(words).expect("a page map fits the address space")
+}
+
+impl<W: Words> PageMap<W> {
+    /// Makes a map of `pages` pages, all `Source`, in zeroed words.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer words than [`words_for`] says.
+    pub fn new(words: W, pages: u64) -> Self {
+        assert!(words.words().len() >= words_for(pages), "too few words for {pages} pages");
+        for (i, value) in [MAGIC, VERSION, pages].into_iter().enumerate() {
+            words.words()[i].store(value, Ordering::Relaxed);
+        }
+        let content = words_for(pages) - to_index(pages.div_ceil(32));
+        Self { words, pages, content }
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The memory the map lies in.
+    pub fn storage(&self) -> &W {
+        &self.words
+    }
+
+    /// Whether a page's contents are in place and visible to the caller.
+    pub fn is_present(&self, page: u64) -> bool {
+        debug_assert!(page < self.pages);
+        self.present_word(page / 64).load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    }
+
+    /// Where a page's bytes come from.
+    pub fn content(&self, page: u64) -> Content {
+        debug_assert!(page < self.pages);
+        Content::from_bits(self.content_word(page / 32).load(Ordering::Acquire) >> (page % 32 * 2))
+    }
+
+    /// Number of pages present.
+    pub fn count_present(&self) -> u64 {
+        (0..self.pages.div_ceil(64))
+            .map(|w| u64::from(self.present_word(w).load(Ordering::Acquire).count_ones()))
+            .sum()
+    }
+
+    /// Claims as many pages as possible from `first` upwards, `max` at most:
+    /// those that are `Source` and absent, up to the first that is not.
+    /// Returns how many; they are the caller's to fetch, and to publish,
+    /// release or poison.
+    pub fn claim_up(&self, first: u64, max: u64) -> u64 {
+        let end = first.saturating_add(max).min(self.pages);
+        let mut page = first;
+        while page < end {
+            let offset = page % 32;
+            let here = (32 - offset).min(end - page);
+            let claimed = self.claim_in_word(page / 32, |free| {
+                let taken = !(free >> (2 * offset)) & EVEN;
+                let run = u64::from(taken.trailing_zeros() / 2).min(here);
+                fields(offset, run)
+            });
+            page += claimed;
+            if claimed < here {
+                break;
+            }
+        }
+        page - first
+    }
+
+    /// Claims as many pages as possible below `end`, downwards, `max` at most.
+    /// Returns how many.
+    pub fn claim_down(&self, end: u64, max: u64) -> u64 {
+        let floor = end.saturating_sub(max);
+        let mut page = end;
+        while page > floor {
+            let last = page - 1;
+            let offset = last % 32;
+            let here = (offset + 1).min(page - floor);
+            let claimed = self.claim_in_word(last / 32, |free| {
+                let taken = !(free << (62 - 2 * offset)) & EVEN;
+                // Only even bits can be set: bit 63 never is.
+                let run = u64::from((taken.leading_zeros() - 1) / 2).min(here);
+                fields(offset + 1 - run, run)
+            });
+            page -= claimed;
+            if claimed < here {
+                break;
+            }
+        }
+        end - page
+    }
+
+    /// Claims, within one content word, the fields that `choose` picks from
+    /// the free ones (bit 0 of each field). Returns how many.
+    fn claim_in_word(&self, word: u64, choose: impl Fn(u64) -> u64) -> u64 {
+        let content = self.content_word(word);
+        let mut seen = content.load(Ordering::Acquire);
+        loop {
+            let present = self.present_word(word / 2).load(Ordering::Acquire);
+            let present = spread(present >> (32 * (word % 2)));
+            let free = !(seen | seen >> 1 | present) & EVEN;
+            let mask = choose(free);
+            if mask == 0 {
+                return 0;
+            }
+            match content.compare_exchange_weak(
+                seen,
+                seen | mask,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                Ok(_) => return u64::from(mask.count_ones()),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Gives claims back: the pages are `Source` again. Pages that are no
+    /// longer merely claimed (present, or zeroed meanwhile) stay as they are.
+    /// Returns how many were given back.
+    pub fn release(&self, run: PageRun) -> u64 {
+        self.retract(run, Content::Source)
+    }
+
+    /// Says of claimed pages that they cannot be had. Returns how many.
+    pub fn poison(&self, run: PageRun) -> u64 {
+        self.retract(run, Content::Poisoned)
+    }
+
+    fn retract(&self, run: PageRun, to: Content) -> u64 {
+        let mut count = 0;
+        for (word, mask) in content_masks(run) {
+            let present = self.present_word(word / 2).load(Ordering::Acquire);
+            let absent = !spread(present >> (32 * (word % 2)));
+            let content = self.content_word(word);
+            let mut seen = content.load(Ordering::Acquire);
+            loop {
+                let claimed = seen & !(seen >> 1) & EVEN & mask & absent;
+                let new = seen & !(claimed * 0b11) | claimed * to.bits();
+                match content.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire)
+                {
+                    Ok(_) => {
+                        count += u64::from(claimed.count_ones());
+                        break;
+                    }
+                    Err(now) => seen = now,
+                }
+            }
+        }
+        count
+    }
+
+    /// Says that pages' contents are in place. Returns how many of them were
+    /// not known to be.
+    pub fn publish(&self, run: PageRun) -> u64 {
+        present_masks(run)
+            .map(|(word, mask)| {
+                let before = self.present_word(word).fetch_or(mask, Ordering::AcqRel);
+                u64::from((mask & !before).count_ones())
+            })
+            .sum()
+    }
+
+    /// Says that pages hold zeroes from now on and are absent: a hole in the
+    /// source, or a range given back. Returns how many of them were neither
+    /// present nor zero nor poisoned before.
+    pub fn mark_zero(&self, run: PageRun) -> u64 {
+        let mut count = 0;
+        // Content first: who sees the page absent must not see `Source`.
+        for (word, mask) in content_masks(run) {
+            let content = self.content_word(word);
+            let zeroed = |seen: u64| seen & !(mask * 0b11) | mask * Content::Zero.bits();
+            let mut seen = content.load(Ordering::Acquire);
+            while let Err(now) = content.compare_exchange_weak(
+                seen,
+                zeroed(seen),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                seen = now;
+            }
+            let present =
+                spread(self.present_word(word / 2).load(Ordering::Acquire) >> (32 * (word % 2)));
+            count += u64::from((!(seen >> 1) & EVEN & mask & !present).count_ones());
+        }
+        for (word, mask) in present_masks(run) {
+            self.present_word(word).fetch_and(!mask, Ordering::AcqRel);
+        }
+        count
+    }
+
+    /// The first absent page at or after `from` whose bytes are still to be
+    /// fetched by somebody (`Source`).
+    pub fn next_source(&self, from: u64) -> Option<u64> {
+        let mut page = from;
+        while page < self.pages {
+            let word = page / 32;
+            let seen = self.content_word(word).load(Ordering::Acquire);
+            let present = self.present_word(word / 2).load(Ordering::Acquire);
+            let taken = seen | seen >> 1 | spread(present >> (32 * (word % 2)));
+            let free = (!taken & EVEN) >> (2 * (page % 32));
+            if free != 0 {
+                let found = page + u64::from(free.trailing_zeros() / 2);
+                return (found < self.pages).then_some(found);
+            }
+            page = (word + 1) * 32;
+        }
+        None
+    }
+
+    /// How many pages from `first` on, `max` at most, have the same content
+    /// and presence as it.
+    pub fn alike_from(&self, first: u64, max: u64) -> u64 {
+        let like = (self.content(first), self.is_present(first));
+        let end = first.saturating_add(max).min(self.pages);
+        let others = first + 1..end;
+        1 + others.take_while(|&p| (self.content(p), self.is_present(p)) == like).count() as u64
+    }
+
+    fn present_word(&self, word: u64) -> &AtomicU64 {
+        &self.words.words()[HEADER_WORDS + to_index(word)]
+    }
+
+    fn content_word(&self, word: u64) -> &AtomicU64 {
+        &self.words.words()[self.content + to_index(word)]
+    }
+}
+
+fn to_index(word: u64) -> usize {
+    usize::try_from(word).expect("a page map fits the address space")
+}
+
+/// Bit 0 of `count` two-bit fields from field `offset` on.
+fn fields(offset: u64, count: u64) -> u64 {
+    match count {
+        0 => 0,
+        _ => (EVEN >> (64 - 2 * count)) << (2 * offset),
+    }
+}
+
+/// The low 32 bits, each moved to bit 0 of a two-bit field.
+fn spread(bits: u64) -> u64 {
+    let mut x = bits & 0xffff_ffff;
+    x = (x | x << 16) & 0x0000_ffff_0000_ffff;
+    x = (x | x << 8) & 0x00ff_00ff_00ff_00ff;
+    x = (x | x << 4) & 0x0f0f_0f0f_0f0f_0f0f;
+    x = (x | x << 2) & 0x3333_3333_3333_3333;
+    (x | x << 1) & EVEN
+}
+
+/// The present words a run touches, each with the mask of its pages.
+fn present_masks(run: PageRun) -> impl Iterator<Item = (u64, u64)> {
+    pieces(run, 64).map(|(word, offset, count)| (word, u64::MAX >> (64 - count) << offset))
+}
+
+/// The content words a run touches, each with bit 0 of its pages' fields.
+fn content_masks(run: PageRun) -> impl Iterator<Item = (u64, u64)> {
+    pieces(run, 32).map(|(word, offset, count)| (word, fields(offset, count)))
+}
+
+/// Cuts a run at multiples of `per_word`: (word, offset in it, pages in it).
+fn pieces(run: PageRun, per_word: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    let mut page = run.first;
+    std::iter::from_fn(move || {
+        let count = (per_word - page % per_word).min(run.end().checked_sub(page)?);
+        if count == 0 {
+            return None;
+        }
+        let piece = (page / per_word, page % per_word, count);
+        page += count;
+        Some(piece)
+    })
+}

@@ -1,0 +1,106 @@
+//! How much to bring in beside what was asked for.
+//!
+//! A page costs a fraction of a fault: most of a fault is the way to the pager
+//! and back. [`Neighbours`] therefore widens the install around a fault, but
+//! only where the guest has shown interest, so that a VM that touches little
+//! stays small. [`FillPace`] sizes the pieces of the background fill so that a
+//! demand fault never waits long behind one.
+
+use crate::addr::PageRun;
+
+/// Pages per region in which interest is counted: 2 MiB of base pages.
+const REGION_PAGES: u64 = 512;
+
+/// Which pages to install along with a demanded one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NeighbourPolicy {
+    /// The demanded page alone.
+    Off,
+    /// A window that starts at `first_window` pages and doubles with every
+    /// further fault in the same 2 MiB, up to all of it.
+    Adaptive {
+        /// log2 of the window of a region's first fault, in pages.
+        first_window_shift: u8,
+    },
+}
+
+impl Default for NeighbourPolicy {
+    /// Adaptive from one page on: an isolated touch costs one page.
+    fn default() -> Self {
+        Self::Adaptive { first_window_shift: 0 }
+    }
+}
+
+/// Counts faults per region, and answers with windows.
+#[derive(Debug)]
+pub struct Neighbours {
+    policy: NeighbourPolicy,
+    /// Per region: log2 of the next window.
+    shifts: Vec<u8>,
+}
+
+impl Neighbours {
+    /// For a page map of that many pages. Costs one byte per 512 pages.
+    pub fn new(policy: NeighbourPolicy, pages: u64) -> Self {
+        let (regions, first) = match policy {
+            NeighbourPolicy::Off => (0, 0),
+            NeighbourPolicy::Adaptive { first_window_shift } => {
+                (pages.div_ceil(REGION_PAGES), first_window_shift)
+            }
+        };
+        let regions = usize::try_from(regions).expect("one byte a region fits the address space");
+        Self { policy, shifts: vec![first; regions] }
+    }
+
+    /// The window around a demanded page, within `bounds` (its slot); counts
+    /// the fault.
+    pub fn window(&mut self, page: u64, bounds: PageRun) -> PageRun {
+        if self.policy == NeighbourPolicy::Off {
+            return PageRun::new(page, 1);
+        }
+        let region = usize::try_from(page / REGION_PAGES).unwrap_or(usize::MAX);
+        let Some(shift) = self.shifts.get_mut(region) else { return PageRun::new(page, 1) };
+        let size = REGION_PAGES.min(1 << (*shift).min(9));
+        *shift = (*shift + 1).min(9);
+        let first = (page & !(size - 1)).max(bounds.first);
+        let end = ((page | (size - 1)) + 1).min(bounds.end());
+        PageRun::new(first, end - first)
+    }
+}
+
+/// Sizes the pieces of the background fill: large while nobody faults, small
+/// from the moment somebody does (I6).
+#[derive(Debug)]
+pub struct FillPace {
+    shift: u32,
+}
+
+impl FillPace {
+    /// 64 KiB in base pages: some 20 us of copying.
+    const MIN_SHIFT: u32 = 4;
+    /// 2 MiB in base pages: larger pieces copy no faster.
+    const MAX_SHIFT: u32 = 9;
+
+    /// Starts small: a VM faults most just after it started.
+    pub fn new() -> Self {
+        Self { shift: Self::MIN_SHIFT }
+    }
+
+    /// Demand faults were served since the last piece.
+    pub fn demanded(&mut self) {
+        self.shift = Self::MIN_SHIFT;
+    }
+
+    /// The size of the next piece in base pages; grows from call to call.
+    pub fn next_pages(&mut self) -> u64 {
+        let pages = 1 << self.shift;
+        self.shift = (self.shift + 1).min(Self::MAX_SHIFT);
+        pages
+    }
+}
+
+impl Default for FillPace {
+    fn default() -> Self {
+        Self::new()
+    }
+}
