@@ -277,10 +277,10 @@ fn open(paths: &KvmPaths) -> Result<Kvm, KvmProbeError> {
 const ENXIO: i32 = 6;
 const ENODEV: i32 = 19;
 
-/// Which vendor module is at work. Built-in ones are all listed, whether or
-/// not they suit the CPU, so a loaded one goes first, then the one whose
-/// instructions the CPU has.
-fn vendor(paths: &KvmPaths) -> Option<Vendor> {
+/// Which vendor module is at work, whether or not this user may use it.
+// Built-in ones are all listed, whether or not they suit the CPU, so a loaded
+// one goes first, then the one whose instructions the CPU has.
+pub fn vendor(paths: &KvmPaths) -> Option<Vendor> {
     let listed = |vendor: Vendor| paths.modules.join(vendor.module());
     let present: Vec<Vendor> = [Vendor::Intel, Vendor::Amd, Vendor::Pvm]
         .into_iter()
