@@ -101,8 +101,14 @@ impl<W: Words> Engine<W> {
     /// Somebody waits for the page at `hva`. `None` if no slot is there.
     pub fn fault(&mut self, hva: Hva) -> Option<FaultPlan> {
         let page = self.slots.page_at(hva)?;
-        self.pace.demanded();
+        self.demanded();
         Some(self.plan(page))
+    }
+
+    /// Somebody waits, here or in other memory: keep the next piece of the fill
+    /// small.
+    pub fn demanded(&mut self) {
+        self.pace.demanded();
     }
 
     /// What to do now about a page somebody waits for.

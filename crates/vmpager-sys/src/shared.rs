@@ -32,14 +32,10 @@ impl SharedWords {
     ///
     /// If the memfd cannot be made.
     pub fn new(name: &str, words: usize) -> io::Result<Self> {
-        let fd =
-            rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let len = words.max(1).checked_mul(8).ok_or(io::ErrorKind::OutOfMemory)?;
         rustix::fs::ftruncate(&fd, len as u64)?;
-        rustix::fs::fcntl_add_seals(
-            &fd,
-            SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-        )?;
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let mapping = Mapping::file_shared(fd.as_fd(), len)?;
         Ok(Self { mapping, fd, words })
     }

@@ -278,8 +278,9 @@ impl Userfaultfd {
     pub fn open(features: Features) -> Result<Self, OpenError> {
         let fd = match open_by_device() {
             Ok(fd) => fd,
-            Err(device) => open_by_syscall()
-                .map_err(|syscall| OpenError::Unavailable { device, syscall })?,
+            Err(device) => {
+                open_by_syscall().map_err(|syscall| OpenError::Unavailable { device, syscall })?
+            }
         };
         let mut api =
             raw::uffdio_api { api: raw::UFFD_API.into(), features: features.0, ioctls: 0 };

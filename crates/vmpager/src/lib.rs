@@ -1,1 +1,36 @@
-//! placeholder
+//! vmpager brings a virtual machine's memory to it on demand.
+//!
+//! A VM restored from a snapshot starts at once; each page arrives when it is
+//! first touched or, better, just before. This crate is what a VMM embeds
+//! ([`Pager`]) and what the daemon that serves other VMMs is made of
+//! ([`Daemon`]).
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | [`pager`] | the pager inside a VMM: own memory, own source |
+//! | [`daemon`] | the pager beside VMMs: a socket, sessions, workers |
+//! | [`handshake`] | Firecracker's handler protocol |
+//! | [`stats`] | what a session did, as numbers |
+//! | `worker` | the thread that serves: faults, finished reads, fill |
+//! | `served` | the memory behind one userfaultfd: plans carried out |
+//!
+//! One fault's way through these files is told in `ARCHITECTURE.md`.
+#![forbid(unsafe_code)]
+
+pub mod daemon;
+pub mod handshake;
+pub mod pager;
+mod polling;
+mod reads;
+mod served;
+pub mod stats;
+mod worker;
+
+pub use daemon::{Daemon, DaemonConfig, DaemonError};
+pub use pager::{Pager, PagerBuilder, PagerError};
+pub use served::ServeOptions;
+pub use stats::{EndReason, SessionSummary};
+pub use vmpager_core as core;
+pub use vmpager_core::prefetch::NeighbourPolicy;
+pub use vmpager_store as store;
+pub use vmpager_sys::memory::GuestRange;

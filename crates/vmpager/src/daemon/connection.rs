@@ -1,0 +1,241 @@
+//! One peer: its socket, what has arrived of its handshake, its process, and
+//! the session made of the memories it handed over.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+use vmpager_core::{Slot, SlotSet};
+use vmpager_sys::peer::{Peer, fd_kind, holds_userfaultfd, recv_with_fds};
+use vmpager_sys::uffd::Userfaultfd;
+
+use crate::handshake::{HandshakeError, Inbox};
+use crate::reads::MemoryId;
+use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
+
+/// What a handshake offers to be served: regions and their userfaultfd.
+#[derive(Debug)]
+pub(super) struct Offer {
+    slots: Vec<Slot>,
+    uffd: OwnedFd,
+}
+
+/// What came of listening to a peer once.
+#[derive(Debug)]
+pub(super) enum Arrival {
+    /// Nothing is there at the moment.
+    Nothing,
+    /// Something, but no whole handshake.
+    Part,
+    /// A whole handshake.
+    Memory(Offer),
+    /// The peer closed its end.
+    HangUp,
+}
+
+/// Why a peer is listened to no longer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReceiveError {
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    #[error("receiving the handshake: {0}")]
+    Io(#[from] io::Error),
+}
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    socket: Option<UnixStream>,
+    peer: Peer,
+    inbox: Inbox,
+    /// Descriptors that came and whose message is not whole yet.
+    fds: Vec<OwnedFd>,
+    /// A whole message whose descriptor has not come yet.
+    regions: Option<Vec<Slot>>,
+    /// Userfaultfds that are not served, kept so that nobody reads zeroes.
+    refused: Vec<OwnedFd>,
+    timeout: Duration,
+    deadline: Option<Instant>,
+    memories: Vec<MemoryId>,
+    /// Whether it ever handed over memory.
+    had_session: bool,
+    /// Its pidfd says it exited, yet its memory was still there.
+    seems_gone: bool,
+    tally: Tally,
+}
+
+impl Connection {
+    pub(super) fn new(socket: UnixStream, deadline: Instant) -> io::Result<Self> {
+        let peer = Peer::of(&socket)?;
+        Ok(Self {
+            socket: Some(socket),
+            peer,
+            inbox: Inbox::default(),
+            fds: Vec::new(),
+            regions: None,
+            refused: Vec::new(),
+            timeout: deadline.saturating_duration_since(Instant::now()),
+            deadline: Some(deadline),
+            memories: Vec::new(),
+            had_session: false,
+            seems_gone: false,
+            tally: Tally::new(),
+        })
+    }
+
+    pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.socket.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.peer.pidfd.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(super) fn take_pidfd(&mut self) -> Option<OwnedFd> {
+        self.seems_gone = true;
+        self.peer.pidfd.take()
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        self.peer.pid
+    }
+
+    /// By when a handshake must be whole.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    pub(super) fn memories(&self) -> &[MemoryId] {
+        &self.memories
+    }
+
+    pub(super) fn has_session(&self) -> bool {
+        self.had_session
+    }
+
+    pub(super) fn set_seems_gone(&mut self) {
+        self.seems_gone = true;
+    }
+
+    pub(super) fn peer_seems_gone(&self) -> bool {
+        self.seems_gone && !self.memories.is_empty()
+    }
+
+    /// Whether the peer would freeze rather than read zeroes if this process
+    /// closed its userfaultfds.
+    pub(super) fn peer_holds_userfaultfd(&self) -> bool {
+        holds_userfaultfd(self.peer.pid)
+    }
+
+    /// Reads once. Descriptors belong to the message whose first byte they
+    /// came with: the kernel ends a read after a piece that has some.
+    pub(super) fn receive(&mut self) -> Result<Arrival, ReceiveError> {
+        let Some(socket) = &self.socket else { return Ok(Arrival::Nothing) };
+        let mut bytes = [0; 16 * 1024];
+        let count = match recv_with_fds(socket, &mut bytes, &mut self.fds) {
+            Ok(0) if self.fds.is_empty() => return Ok(Arrival::HangUp),
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Arrival::Nothing),
+            // The peer died with bytes of ours unread: as good as hanging up.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(Arrival::HangUp),
+            Err(error) => return Err(error.into()),
+        };
+        self.inbox.push(&bytes[..count])?;
+        if self.regions.is_none() {
+            self.regions = self.inbox.next_message()?;
+        }
+        if self.regions.is_some() && !self.fds.is_empty() {
+            let mut fds = std::mem::take(&mut self.fds).into_iter();
+            if let (Some(slots), Some(uffd)) = (self.regions.take(), fds.next()) {
+                for extra in fds {
+                    let kind = fd_kind(extra.as_fd());
+                    warn!(peer_pid = self.peer.pid, kind, "a further descriptor is not used");
+                    self.refused.push(extra);
+                }
+                self.deadline = None;
+                return Ok(Arrival::Memory(Offer { slots, uffd }));
+            }
+        }
+        if self.deadline.is_none() {
+            self.deadline = Some(Instant::now() + self.timeout);
+        }
+        Ok(Arrival::Part)
+    }
+
+    /// Checks an offer. On failure its descriptor is kept open.
+    pub(super) fn check(
+        &mut self,
+        offer: Offer,
+        source_len: u64,
+    ) -> Result<(Userfaultfd, SlotSet), String> {
+        let slots = SlotSet::new(&offer.slots, source_len);
+        match slots {
+            Ok(slots) => {
+                let uffd = Userfaultfd::adopt(offer.uffd).map_err(|error| error.to_string())?;
+                Ok((uffd, slots))
+            }
+            Err(error) => {
+                self.refused.push(offer.uffd);
+                Err(error.to_string())
+            }
+        }
+    }
+
+    pub(super) fn add_memory(&mut self, memory: MemoryId) {
+        if self.memories.is_empty() {
+            self.tally = Tally::new();
+        }
+        self.memories.push(memory);
+        self.had_session = true;
+    }
+
+    /// Adds up a memory that is served no longer. If it was the last one, the
+    /// session has ended for the reason returned.
+    pub(super) fn memory_ended(
+        &mut self,
+        memory: MemoryId,
+        reason: EndReason,
+        numbers: &MemoryNumbers,
+    ) -> Option<EndReason> {
+        self.memories.retain(|other| *other != memory);
+        self.tally.add(numbers);
+        self.memories.is_empty().then_some(reason)
+    }
+
+    pub(super) fn summary(&self, session: u64, reason: EndReason) -> SessionSummary {
+        self.tally.summary(session, self.peer.pid, Some(reason))
+    }
+
+    /// The peer closed its end. Says what is wrong with that, if something is.
+    pub(super) fn hang_up(&mut self) -> Option<String> {
+        self.socket = None;
+        self.deadline = None;
+        if self.regions.is_some() {
+            return Some(HandshakeError::NoDescriptor.to_string());
+        }
+        if self.inbox.is_partial() {
+            return Some("before its handshake was complete".into());
+        }
+        (!self.had_session).then(|| "without a handshake".into())
+    }
+
+    /// Listens no longer; holds on to what would otherwise turn into zeroes.
+    pub(super) fn refuse(&mut self) {
+        self.socket = None;
+        self.deadline = None;
+        self.refused.append(&mut self.fds);
+        self.refused.retain(|fd| fd_kind(fd.as_fd()) == "anon_inode:[userfaultfd]");
+    }
+
+    /// The peer has exited: nobody can read zeroes any more.
+    pub(super) fn let_go_of_refused(&mut self) {
+        self.refused.clear();
+    }
+
+    /// Whether nothing more can come of this connection.
+    pub(super) fn is_done(&self) -> bool {
+        let waits_for_exit = !self.refused.is_empty() && self.peer.pidfd.is_some();
+        self.socket.is_none() && self.memories.is_empty() && !waits_for_exit
+    }
+}

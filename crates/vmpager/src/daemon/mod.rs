@@ -1,0 +1,502 @@
+//! The pager beside VMMs: listens on a unix socket where VMMs hand over their
+//! memory, and serves every one of them from one source.
+//!
+//! One control thread (this module) accepts, parses handshakes and watches for
+//! the end of peers; it never touches guest memory. Workers (`worker`) do
+//! nothing else. A peer can therefore keep the control thread busy, but not
+//! slow down anybody's faults.
+
+mod connection;
+mod listener;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Receiver;
+use rustix::event::{Timespec, epoll};
+use tracing::{error, info, warn};
+use vmpager_core::PageSource;
+
+use self::connection::{Arrival, Connection};
+use crate::pager::DEFAULT_MAX_POLLING;
+use crate::reads::MemoryId;
+use crate::served::{ServeOptions, Served};
+use crate::stats::{EndReason, SessionSummary};
+use crate::worker::{
+    Command, Event, WorkerConfig, WorkerError, WorkerHandle, doorbell, spawn, unring, watch,
+};
+
+/// What a daemon serves, and how.
+#[derive(Debug)]
+pub struct DaemonConfig {
+    /// Where VMMs connect.
+    pub socket: PathBuf,
+    /// Where page contents come from.
+    pub source: Arc<dyn PageSource>,
+    /// How memory is served.
+    pub options: ServeOptions,
+    /// Threads that serve.
+    pub workers: usize,
+    /// Accept VMs whose regions leave part of the source uncovered.
+    pub partial: bool,
+    /// Stop when the first session has ended.
+    pub once: bool,
+    /// How long a peer may take to send its handshake.
+    pub handshake_timeout: Duration,
+    /// How long a stop waits for what is in flight.
+    pub stop_timeout: Duration,
+    /// The most peers connected at a time.
+    pub max_connections: usize,
+}
+
+impl DaemonConfig {
+    /// The defaults for a socket and a source.
+    pub fn new(socket: impl Into<PathBuf>, source: Arc<dyn PageSource>) -> Self {
+        Self {
+            socket: socket.into(),
+            source,
+            options: ServeOptions::default(),
+            workers: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
+            partial: false,
+            once: false,
+            handshake_timeout: Duration::from_secs(10),
+            stop_timeout: Duration::from_secs(5),
+            max_connections: 4096,
+        }
+    }
+}
+
+/// Why a daemon could not start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The socket cannot be had.
+    #[error("socket {path}: {problem}")]
+    Socket {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// A worker could not start.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// A system call that should not fail did.
+    #[error("the daemon's event loop: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// What happens in a daemon, for whoever watches it.
+#[derive(Debug)]
+pub enum DaemonEvent<'a> {
+    /// A VM handed over its memory.
+    SessionStarted {
+        /// The session's number.
+        session: u64,
+        /// The peer's process id.
+        peer_pid: i32,
+        /// Bytes of memory handed over.
+        memory_bytes: u64,
+    },
+    /// A session has ended.
+    SessionEnded(&'a SessionSummary),
+}
+
+/// A daemon that listens.
+#[derive(Debug)]
+pub struct Daemon {
+    config: DaemonConfig,
+    listener: UnixListener,
+    epoll: OwnedFd,
+    bell: Arc<OwnedFd>,
+    events: Receiver<Event>,
+    workers: Vec<WorkerHandle>,
+    connections: HashMap<u64, Connection>,
+    /// Which connection and worker a memory belongs to.
+    memories: HashMap<MemoryId, (u64, usize)>,
+    next_connection: u64,
+    next_memory: u64,
+    /// When to look again at memories whose peer may be gone.
+    probe_at: Option<Instant>,
+    /// When to accept again, after that failed for want of descriptors.
+    accept_at: Option<Instant>,
+    stop: (UnixStream, UnixStream),
+    ended_sessions: u64,
+}
+
+/// epoll tokens of what is no connection. A connection has two: `2 * id` for
+/// its socket, `2 * id + 1` for its peer's pidfd; ids start at 8.
+const LISTENER: u64 = 0;
+const WORKERS: u64 = 1;
+const STOP: u64 = 2;
+const FIRST_CONNECTION: u64 = 8;
+
+/// How often memory is looked at whose peer's socket and pidfd say it is gone.
+const PROBE: Duration = Duration::from_secs(1);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+impl Daemon {
+    /// Binds the socket and starts the workers. VMMs may connect from now on.
+    ///
+    /// # Errors
+    ///
+    /// If the socket's path is taken or cannot be made, or the source or the
+    /// system refuses what a worker needs.
+    pub fn bind(config: DaemonConfig) -> Result<Self, DaemonError> {
+        let (tell, events) = crossbeam_channel::unbounded();
+        let bell = Arc::new(doorbell()?);
+        let workers = (0..config.workers.max(1)).map(|index| {
+            spawn(WorkerConfig {
+                name: format!("vmpager-serve-{index}"),
+                source: config.source.clone(),
+                events: tell.clone(),
+                owner: bell.clone(),
+                max_polling: DEFAULT_MAX_POLLING,
+            })
+        });
+        let workers = workers.collect::<Result<Vec<_>, _>>()?;
+        let stop = UnixStream::pair()?;
+        stop.0.set_nonblocking(true)?;
+        let listener = listener::bind(&config.socket)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
+        watch(&epoll, listener.as_fd(), LISTENER)?;
+        watch(&epoll, bell.as_fd(), WORKERS)?;
+        watch(&epoll, stop.0.as_fd(), STOP)?;
+        Ok(Self {
+            config,
+            listener,
+            epoll,
+            bell,
+            events,
+            workers,
+            connections: HashMap::new(),
+            memories: HashMap::new(),
+            next_connection: FIRST_CONNECTION,
+            next_memory: 1,
+            probe_at: None,
+            accept_at: None,
+            stop,
+            ended_sessions: 0,
+        })
+    }
+
+    /// A socket on which any byte makes [`run`](Self::run) stop: write to it
+    /// from a signal handler or another thread.
+    ///
+    /// # Errors
+    ///
+    /// If the process has no descriptor left.
+    pub fn stopper(&self) -> io::Result<UnixStream> {
+        self.stop.1.try_clone()
+    }
+
+    /// Serves until told to stop.
+    ///
+    /// # Errors
+    ///
+    /// If the event loop itself fails; the sessions' troubles are logged and
+    /// told to `watcher`.
+    pub fn run(mut self, watcher: &mut dyn FnMut(DaemonEvent<'_>)) -> Result<(), DaemonError> {
+        let mut ready = Vec::with_capacity(64);
+        loop {
+            ready.clear();
+            let timeout = self.timeout();
+            let timeout = timeout.map(|t| Timespec::try_from(t).unwrap_or_default());
+            let space = rustix::buffer::spare_capacity(&mut ready);
+            match epoll::wait(&self.epoll, space, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+            let mut stop = false;
+            for event in &ready {
+                match event.data.u64() {
+                    LISTENER => self.accept(),
+                    WORKERS => stop |= self.hear_workers(watcher),
+                    STOP => stop = true,
+                    token if token % 2 == 0 => self.hear_peer(token / 2, watcher),
+                    token => self.peer_exited(token / 2),
+                }
+            }
+            self.keep_time();
+            if stop {
+                self.shut_down(watcher);
+                return Ok(());
+            }
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let deadlines = self.connections.values().filter_map(Connection::deadline);
+        let next = deadlines.chain(self.probe_at).chain(self.accept_at).min()?;
+        Some(next.saturating_duration_since(Instant::now()))
+    }
+
+    fn keep_time(&mut self) {
+        let now = Instant::now();
+        let late: Vec<u64> = self
+            .connections
+            .iter()
+            .filter(|(_, c)| c.deadline().is_some_and(|at| at <= now))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in late {
+            let waited = self.config.handshake_timeout;
+            self.refuse(id, &format!("no complete handshake within {waited:?}; closed"));
+        }
+        if self.probe_at.is_some_and(|at| at <= now) {
+            self.probe_at = None;
+            let gone = self.connections.iter().filter(|(_, c)| c.peer_seems_gone());
+            for id in gone.map(|(id, _)| *id).collect::<Vec<_>>() {
+                self.peer_exited(id);
+            }
+        }
+        if self.accept_at.is_some_and(|at| at <= now) {
+            self.accept_at = None;
+            if let Err(error) = watch(&self.epoll, self.listener.as_fd(), LISTENER) {
+                error!("watching the socket: {error}");
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        while self.connections.len() < self.config.max_connections {
+            match self.listener.accept() {
+                Ok((socket, _)) => {
+                    if let Err(error) = self.welcome(socket) {
+                        warn!("a peer was turned away: {error}");
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    error!("accepting a connection: {error}; trying again shortly");
+                    break;
+                }
+            }
+        }
+        // No room: leave peers in the backlog instead of being told of them
+        // over and over.
+        let _ = epoll::delete(&self.epoll, &self.listener);
+        self.accept_at = Some(Instant::now() + ACCEPT_PAUSE);
+    }
+
+    fn welcome(&mut self, socket: UnixStream) -> io::Result<()> {
+        let id = self.next_connection;
+        let connection = Connection::new(socket, Instant::now() + self.config.handshake_timeout)?;
+        if let Some(socket) = connection.socket() {
+            watch(&self.epoll, socket, 2 * id)?;
+        }
+        if let Some(pidfd) = connection.pidfd() {
+            watch(&self.epoll, pidfd, 2 * id + 1)?;
+        }
+        self.next_connection += 1;
+        self.connections.insert(id, connection);
+        Ok(())
+    }
+
+    /// Something arrived from a peer, or it hung up.
+    fn hear_peer(&mut self, id: u64, watcher: &mut dyn FnMut(DaemonEvent<'_>)) {
+        loop {
+            let Some(connection) = self.connections.get_mut(&id) else { return };
+            match connection.receive() {
+                Ok(Arrival::Nothing) => return,
+                Ok(Arrival::Part) => {}
+                Ok(Arrival::HangUp) => {
+                    self.peer_hung_up(id);
+                    return;
+                }
+                Ok(Arrival::Memory(memory)) => {
+                    if let Err(problem) = self.admit(id, memory, watcher) {
+                        self.refuse(id, &problem);
+                        return;
+                    }
+                }
+                Err(problem) => {
+                    self.refuse(id, &problem.to_string());
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes on the memory of a handshake.
+    fn admit(
+        &mut self,
+        id: u64,
+        offer: connection::Offer,
+        watcher: &mut dyn FnMut(DaemonEvent<'_>),
+    ) -> Result<(), String> {
+        let source = &*self.config.source;
+        let worker = self.least_busy_worker(id);
+        let Some(connection) = self.connections.get_mut(&id) else { return Ok(()) };
+        let (uffd, slots) = connection.check(offer, source.len())?;
+        let short = slots.bytes() < source.len();
+        if short && !self.config.partial && !connection.has_session() {
+            return Err(format!(
+                "the regions' sizes add up to {:#x} bytes but {} has {:#x}: is it another VM's \
+                 memory? (to serve part of a file, allow partial coverage)",
+                slots.bytes(),
+                source.name(),
+                source.len()
+            ));
+        }
+        let memory = MemoryId(self.next_memory);
+        let memory_bytes = slots.bytes();
+        let served = Served::new(memory, uffd, slots, source, &self.config.options)
+            .map_err(|error| format!("making the page map: {error}"))?;
+        self.next_memory += 1;
+        self.memories.insert(memory, (id, worker));
+        connection.add_memory(memory);
+        let session = id - FIRST_CONNECTION + 1;
+        let peer_pid = connection.pid();
+        info!(session, peer_pid, memory_bytes, "serving");
+        watcher(DaemonEvent::SessionStarted { session, peer_pid, memory_bytes });
+        if !self.workers[worker].tell(Command::Serve(Box::new(served))) {
+            return Err("the worker thread has ended".into());
+        }
+        Ok(())
+    }
+
+    /// All memories of a connection go to one worker.
+    fn least_busy_worker(&self, id: u64) -> usize {
+        let mut load = vec![0usize; self.workers.len()];
+        for (connection, worker) in self.memories.values() {
+            if *connection == id {
+                return *worker;
+            }
+            load[*worker] += 1;
+        }
+        (0..load.len()).min_by_key(|&i| load[i]).unwrap_or(0)
+    }
+
+    fn hear_workers(&mut self, watcher: &mut dyn FnMut(DaemonEvent<'_>)) -> bool {
+        unring(&self.bell);
+        let mut stop = false;
+        while let Ok(event) = self.events.try_recv() {
+            match event {
+                Event::Ended { memory, reason, numbers } => {
+                    let Some((id, _)) = self.memories.remove(&memory) else { continue };
+                    let Some(connection) = self.connections.get_mut(&id) else { continue };
+                    let Some(reason) = connection.memory_ended(memory, reason, &numbers) else {
+                        continue;
+                    };
+                    let summary = connection.summary(id - FIRST_CONNECTION + 1, reason);
+                    self.ended_sessions += 1;
+                    log_summary(&summary);
+                    watcher(DaemonEvent::SessionEnded(&summary));
+                    stop |= self.config.once;
+                    self.forget_if_done(id);
+                }
+                Event::StillAlive(memory) => {
+                    if let Some((id, _)) = self.memories.get(&memory)
+                        && let Some(connection) = self.connections.get_mut(id)
+                    {
+                        connection.set_seems_gone();
+                        self.probe_at.get_or_insert(Instant::now() + PROBE);
+                    }
+                }
+                Event::Stopped => error!("a worker thread has ended"),
+            }
+        }
+        stop
+    }
+
+    /// Firecracker up to 1.11 hangs up right after the handshake; later ones
+    /// when they exit.
+    fn peer_hung_up(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if let Some(problem) = connection.hang_up() {
+            warn!(peer_pid = connection.pid(), "a peer hung up: {problem}");
+        }
+        if connection.pidfd().is_none() {
+            self.peer_exited(id);
+        }
+        self.forget_if_done(id);
+    }
+
+    fn peer_exited(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if let Some(pidfd) = connection.take_pidfd() {
+            let _ = epoll::delete(&self.epoll, &pidfd);
+        }
+        connection.let_go_of_refused();
+        for memory in connection.memories() {
+            if let Some((_, worker)) = self.memories.get(memory) {
+                self.workers[*worker].tell(Command::PeerExited(*memory));
+            }
+        }
+        self.forget_if_done(id);
+    }
+
+    /// A peer did something that cannot be served. Its descriptors stay open
+    /// until it exits: closing the last one would let its VM read zeroes.
+    fn refuse(&mut self, id: u64, problem: &str) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        error!(peer_pid = connection.pid(), "refused: {problem}");
+        connection.refuse();
+        self.forget_if_done(id);
+    }
+
+    fn forget_if_done(&mut self, id: u64) {
+        if self.connections.get(&id).is_some_and(Connection::is_done) {
+            self.connections.remove(&id);
+        }
+    }
+
+    fn shut_down(mut self, watcher: &mut dyn FnMut(DaemonEvent<'_>)) {
+        let until = Instant::now() + self.config.stop_timeout;
+        for (index, worker) in self.workers.iter().enumerate() {
+            // Whoever keeps no copy of the userfaultfd would read zeroes.
+            let poison = self.memories.iter().filter(|(_, (id, worker))| {
+                *worker == index
+                    && self.connections.get(id).is_some_and(|c| !c.peer_holds_userfaultfd())
+            });
+            let poison = poison.map(|(memory, _)| *memory).collect();
+            worker.tell(Command::Stop { until, poison });
+        }
+        for worker in &mut self.workers {
+            if let Some(thread) = worker.thread.take()
+                && thread.join().is_err()
+            {
+                error!("a worker thread panicked");
+            }
+        }
+        self.hear_workers(watcher);
+        if let Err(error) = std::fs::remove_file(&self.config.socket) {
+            warn!("removing {}: {error}", self.config.socket.display());
+        }
+        info!(sessions = self.ended_sessions, "stopped");
+    }
+}
+
+fn log_summary(summary: &SessionSummary) {
+    let SessionSummary { session, peer_pid, pages_missing, .. } = *summary;
+    let reason = summary.reason.as_ref().map(EndReason::to_string).unwrap_or_default();
+    info!(
+        session,
+        peer_pid,
+        faults = summary.faults,
+        pages_demand = summary.pages_demand,
+        pages_neighbour = summary.pages_neighbour,
+        pages_fill = summary.pages_fill,
+        pages_removed = summary.pages_removed,
+        bytes_read = summary.bytes_read,
+        stall_p50_us = summary.stall_p50_us,
+        stall_p99_us = summary.stall_p99_us,
+        stall_max_us = summary.stall_max_us,
+        fill_ms = summary.fill_ms,
+        "session ended: {reason}"
+    );
+    if pages_missing > 0 && summary.reason == Some(EndReason::Stopped) {
+        warn!(
+            session,
+            peer_pid,
+            pages_missing,
+            "this VM will stall at the next page it misses, until it is killed or served again"
+        );
+    }
+}

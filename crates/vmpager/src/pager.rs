@@ -1,0 +1,267 @@
+//! The pager inside a VMM: the memory is this process's own, and so is the
+//! thread that serves it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use vmpager_core::prefetch::NeighbourPolicy;
+use vmpager_core::{Hva, PageSize, PageSource, Slot, SlotError, SlotSet};
+use vmpager_sys::memory::GuestRange;
+use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
+
+use crate::reads::MemoryId;
+use crate::served::{ServeOptions, Served};
+use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
+use crate::worker::{Command, Event, WorkerConfig, WorkerError, WorkerHandle, doorbell, spawn};
+
+/// Why a pager could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum PagerError {
+    /// The regions do not fit together, or not the source.
+    #[error(transparent)]
+    Slots(#[from] SlotError),
+    /// No userfaultfd could be had.
+    #[error(transparent)]
+    Userfaultfd(#[from] OpenError),
+    /// A region cannot be served.
+    #[error(
+        "registering {len:#x} bytes at {hva}: {error}; the memory must be mapped, page-aligned, \
+         anonymous or hugetlb, and not registered with another userfaultfd"
+    )]
+    Register {
+        /// Where the region is.
+        hva: Hva,
+        /// Its length in bytes.
+        len: u64,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// The thread that serves could not start.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// Descriptors or memory could not be had.
+    #[error("starting the pager: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Describes the memory a [`Pager`] serves.
+#[derive(Debug)]
+pub struct PagerBuilder {
+    source: Arc<dyn PageSource>,
+    regions: Vec<(GuestRange, u64, PageSize)>,
+    options: ServeOptions,
+    max_polling: Duration,
+}
+
+/// Serves guest memory of this process from a source, page by page as it is
+/// touched, or all of it in the background.
+///
+/// ```
+/// use std::sync::Arc;
+/// use vmpager::{GuestRange, Pager};
+/// use vmpager::store::MemorySource;
+/// use vmpager_sys::memory::Mapping;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // A snapshot of 16 pages, each filled with its number.
+/// let snapshot: Vec<u8> = (0..16u8).flat_map(|page| [page; 4096]).collect();
+/// let source = Arc::new(MemorySource::new("snapshot", snapshot)?);
+///
+/// let memory = Arc::new(Mapping::anonymous(16 * 4096)?);
+/// let pager = match Pager::builder(source).region(&GuestRange::of_mapping(&memory), 0).start() {
+///     Err(error @ vmpager::PagerError::Userfaultfd(_)) => {
+///         println!("skipped: {error}");
+///         return Ok(());
+///     }
+///     other => other?,
+/// };
+/// // The page is not there until it is touched.
+/// assert_eq!(memory.read_u64(7 * 4096), 0x0707_0707_0707_0707);
+/// assert!(pager.stats().faults >= 1);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Dropping
+///
+/// Once every page is in place ([`wait_filled`](Self::wait_filled)) the pager
+/// has let go of the memory and dropping it changes nothing. Dropped earlier,
+/// it **poisons** what is missing: touching such a page raises SIGBUS, since
+/// without a pager the kernel would show zeroes for it.
+#[derive(Debug)]
+pub struct Pager {
+    worker: WorkerHandle,
+    events: Receiver<Event>,
+    memory: MemoryId,
+    /// The end of serving, once it came.
+    ended: std::sync::Mutex<Option<(EndReason, MemoryNumbers)>>,
+    _doorbell: Arc<OwnedFd>,
+}
+
+impl PagerBuilder {
+    /// Adds a range of guest memory in base pages, whose contents start at
+    /// `source_offset` in the source.
+    #[must_use]
+    pub fn region(self, range: &GuestRange, source_offset: u64) -> Self {
+        self.region_of(range, source_offset, PageSize::Size4K)
+    }
+
+    /// Adds a range of guest memory in pages of that size.
+    #[must_use]
+    pub fn region_of(mut self, range: &GuestRange, source_offset: u64, size: PageSize) -> Self {
+        self.regions.push((range.clone(), source_offset, size));
+        self
+    }
+
+    /// Adds all regions of a VMM's guest memory, whose contents lie in the
+    /// source one after another, in guest-physical order.
+    #[cfg(feature = "vm-memory")]
+    #[must_use]
+    pub fn guest_memory(mut self, memory: &vm_memory::GuestMemoryMmap) -> Self {
+        let mut offset = 0;
+        for range in GuestRange::of_guest_memory(memory) {
+            let len = range.len();
+            self.regions.push((range, offset, PageSize::Size4K));
+            offset += len;
+        }
+        self
+    }
+
+    /// Whether to bring in all pages, asked for or not. Off by default: memory
+    /// nobody touches then costs nothing.
+    #[must_use]
+    pub fn background_fill(mut self, fill: bool) -> Self {
+        self.options.background_fill = fill;
+        self
+    }
+
+    /// What to install along with a demanded page.
+    #[must_use]
+    pub fn neighbours(mut self, policy: NeighbourPolicy) -> Self {
+        self.options.neighbours = policy;
+        self
+    }
+
+    /// The longest time to poll for the next fault before sleeping. The
+    /// default, 100 us, is spent only while faults keep coming.
+    #[must_use]
+    pub fn max_polling(mut self, max: Duration) -> Self {
+        self.max_polling = max;
+        self
+    }
+
+    /// Registers the memory and starts to serve it.
+    ///
+    /// Pages that are present already stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// If the regions do not fit the source, this user may have no
+    /// userfaultfd, or a region cannot be registered.
+    pub fn start(self) -> Result<Pager, PagerError> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let slots: Vec<Slot> = self
+            .regions
+            .iter()
+            .map(|(range, source_offset, page_size)| Slot {
+                hva: Hva(range.hva()),
+                len: range.len(),
+                source_offset: *source_offset,
+                page_size: *page_size,
+            })
+            .collect();
+        let slots = SlotSet::new(&slots, self.source.len())?;
+        let uffd = Userfaultfd::open(Features::EVENT_REMOVE)?;
+        let memory = MemoryId(NEXT.fetch_add(1, Ordering::Relaxed));
+        let (tell, events) = crossbeam_channel::unbounded();
+        let doorbell = Arc::new(doorbell()?);
+        let worker = spawn(WorkerConfig {
+            name: format!("vmpager-{}", memory.0),
+            source: self.source.clone(),
+            events: tell,
+            owner: doorbell.clone(),
+            max_polling: self.max_polling,
+        })?;
+        for (range, _, _) in &self.regions {
+            uffd.register_missing(range).map_err(|error| PagerError::Register {
+                hva: Hva(range.hva()),
+                len: range.len(),
+                error,
+            })?;
+        }
+        let served = Served::new(memory, uffd, slots, &*self.source, &self.options)?
+            .keeping(self.regions.into_iter().map(|(range, _, _)| range).collect());
+        worker.tell(Command::Serve(Box::new(served)));
+        Ok(Pager { worker, events, memory, ended: Default::default(), _doorbell: doorbell })
+    }
+}
+
+impl Pager {
+    /// Describes what to serve from `source`.
+    pub fn builder(source: Arc<dyn PageSource>) -> PagerBuilder {
+        PagerBuilder {
+            source,
+            regions: Vec::new(),
+            options: ServeOptions::default(),
+            max_polling: DEFAULT_MAX_POLLING,
+        }
+    }
+
+    /// Starts to bring in all pages, if that was not asked for at first.
+    pub fn fill(&self) {
+        self.worker.tell(Command::Fill(self.memory));
+    }
+
+    /// Waits until every page is in place and the memory is no longer served.
+    /// False if that took longer than `timeout`, or will not happen.
+    pub fn wait_filled(&self, timeout: Duration) -> bool {
+        let mut ended = self.ended.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let until = Instant::now() + timeout;
+        while ended.is_none() {
+            match self.events.recv_deadline(until) {
+                Ok(Event::Ended { reason, numbers, .. }) => *ended = Some((reason, numbers)),
+                Ok(Event::StillAlive(_)) => {}
+                Ok(Event::Stopped) | Err(RecvTimeoutError::Disconnected) => return false,
+                Err(RecvTimeoutError::Timeout) => return false,
+            }
+        }
+        matches!(&*ended, Some((EndReason::Filled, _)))
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> SessionSummary {
+        let mut tally = Tally::new();
+        let mut reason = None;
+        let (to, numbers) = crossbeam_channel::bounded(1);
+        self.worker.tell(Command::Report(self.memory, to));
+        match numbers.recv() {
+            Ok(numbers) => tally.add(&numbers),
+            // Serving has ended: the numbers came with the end.
+            Err(_) => {
+                self.wait_filled(Duration::ZERO);
+                let ended = self.ended.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                if let Some((why, numbers)) = &*ended {
+                    tally.add(numbers);
+                    reason = Some(why.clone());
+                }
+            }
+        }
+        tally.summary(self.memory.0, 0, reason)
+    }
+}
+
+/// Longer gaps than this are better slept through.
+pub(crate) const DEFAULT_MAX_POLLING: Duration = Duration::from_micros(100);
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        self.worker.tell(Command::Stop { until: Instant::now(), poison: vec![self.memory] });
+        if let Some(thread) = self.worker.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

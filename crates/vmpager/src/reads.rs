@@ -1,0 +1,130 @@
+//! The reads a worker has in flight, and those that wait to be tried again.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use vmpager_core::{ByteRange, PageReader, PageRun, Priority, ReadId, ReadRequest, SourceError};
+
+/// Names a memory within its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct MemoryId(pub(crate) u64);
+
+/// A read in flight, and what it is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Read {
+    pub(crate) memory: MemoryId,
+    /// The claimed pages.
+    pub(crate) run: PageRun,
+    /// Their bytes in the source.
+    pub(crate) range: ByteRange,
+    pub(crate) priority: Priority,
+    /// The page somebody waits for, and since when.
+    pub(crate) demanded: Option<(u64, Instant)>,
+    /// How often it has failed.
+    pub(crate) failures: u32,
+}
+
+/// How often a read that may succeed later is tried before its page is given
+/// up.
+const TRIES: u32 = 4;
+/// The pause before the second try; it doubles with each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+/// Reads for the background fill in flight at once, so that a demanded read
+/// never queues behind many: each is 2 MiB at most.
+const FILL_DEPTH: usize = 2;
+
+/// A worker's reader and the reads it has given to it.
+#[derive(Debug)]
+pub(crate) struct Reads {
+    pub(crate) reader: Box<dyn PageReader>,
+    in_flight: HashMap<ReadId, Read>,
+    paused: Vec<(Instant, Read)>,
+    next: u64,
+    fills: usize,
+}
+
+impl Reads {
+    pub(crate) fn new(reader: Box<dyn PageReader>) -> Self {
+        Self { reader, in_flight: HashMap::new(), paused: Vec::new(), next: 0, fills: 0 }
+    }
+
+    /// Starts a read in the background.
+    pub(crate) fn submit(&mut self, read: Read) {
+        let id = ReadId(self.next);
+        self.next += 1;
+        if read.priority == Priority::Fill {
+            self.fills += 1;
+        }
+        self.in_flight.insert(id, read);
+        self.reader.submit(ReadRequest { id, range: read.range, priority: read.priority });
+    }
+
+    /// Whether the background fill may submit one more.
+    pub(crate) fn may_fill(&self) -> bool {
+        self.fills < FILL_DEPTH
+    }
+
+    /// Whether nothing is in flight or waits to be tried again.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.in_flight.is_empty() && self.paused.is_empty()
+    }
+
+    /// Somebody waits for a page that is in flight: move its read forward.
+    pub(crate) fn promote(&mut self, memory: MemoryId, page: u64, since: Instant) {
+        for (id, read) in &mut self.in_flight {
+            if read.memory == memory && read.run.pages().contains(&page) {
+                read.demanded.get_or_insert((page, since));
+                self.reader.promote(*id, Priority::Demand);
+                return;
+            }
+        }
+    }
+
+    /// A read failed: whether it will be tried again, and if so when.
+    pub(crate) fn try_again(&mut self, read: Read, error: &SourceError) -> bool {
+        let failures = read.failures + 1;
+        if !error.is_transient() || failures >= TRIES {
+            return false;
+        }
+        let at = Instant::now() + FIRST_PAUSE * 2u32.pow(failures - 1);
+        self.paused.push((at, Read { failures, ..read }));
+        true
+    }
+
+    /// Submits the reads whose pause is over. Returns when the next one is.
+    pub(crate) fn resume(&mut self) -> Option<Instant> {
+        if self.paused.is_empty() {
+            return None;
+        }
+        let now = Instant::now();
+        let due: Vec<Read> =
+            self.paused.extract_if(.., |(at, _)| *at <= now).map(|(_, read)| read).collect();
+        for read in due {
+            self.submit(read);
+        }
+        self.paused.iter().map(|(at, _)| *at).min()
+    }
+
+    /// Takes the record of a finished read.
+    fn take(in_flight: &mut HashMap<ReadId, Read>, fills: &mut usize, id: ReadId) -> Option<Read> {
+        let read = in_flight.remove(&id)?;
+        if read.priority == Priority::Fill {
+            *fills -= 1;
+        }
+        Some(read)
+    }
+
+    /// Hands over what has finished. `done` may keep what it wants to submit
+    /// next, but cannot submit from within.
+    pub(crate) fn complete(
+        &mut self,
+        mut done: impl FnMut(Read, Result<vmpager_core::PageData<'_>, SourceError>),
+    ) {
+        let Self { reader, in_flight, fills, .. } = self;
+        reader.complete(&mut |id, result| {
+            if let Some(read) = Self::take(in_flight, fills, id) {
+                done(read, result);
+            }
+        });
+    }
+}

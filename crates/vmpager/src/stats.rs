@@ -1,0 +1,217 @@
+//! What a session did, as numbers.
+
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+/// Why a session ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndReason {
+    /// Every page is in place; the memory was unregistered.
+    Filled,
+    /// The process whose memory it was has exited.
+    PeerExited,
+    /// The pager was told to stop.
+    Stopped,
+    /// Serving failed, for the reason given.
+    Failed(String),
+}
+
+impl std::fmt::Display for EndReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Filled => f.write_str("filled"),
+            Self::PeerExited => f.write_str("peer exited"),
+            Self::Stopped => f.write_str("stopped"),
+            Self::Failed(why) => write!(f, "failed: {why}"),
+        }
+    }
+}
+
+/// Counters of one served memory, kept by the thread that serves it.
+#[derive(Clone, Debug)]
+pub(crate) struct Counters {
+    pub(crate) started: Instant,
+    pub(crate) faults: u64,
+    pub(crate) joined: u64,
+    pub(crate) confirmed: u64,
+    pub(crate) retried: u64,
+    pub(crate) pages_demand: u64,
+    pub(crate) pages_neighbour: u64,
+    pub(crate) pages_fill: u64,
+    pub(crate) pages_zero: u64,
+    pub(crate) pages_removed: u64,
+    pub(crate) pages_poisoned: u64,
+    pub(crate) bytes_read: u64,
+    pub(crate) fill_took: Option<Duration>,
+    /// From the moment a fault was read to its page's install, in ns.
+    stalls: Histogram<u64>,
+}
+
+impl Counters {
+    pub(crate) fn new() -> Self {
+        // Two digits, one nanosecond to ten minutes: 18 KiB.
+        let stalls = Histogram::new_with_bounds(1, 600_000_000_000, 2);
+        Self {
+            started: Instant::now(),
+            faults: 0,
+            joined: 0,
+            confirmed: 0,
+            retried: 0,
+            pages_demand: 0,
+            pages_neighbour: 0,
+            pages_fill: 0,
+            pages_zero: 0,
+            pages_removed: 0,
+            pages_poisoned: 0,
+            bytes_read: 0,
+            fill_took: None,
+            stalls: stalls.expect("the bounds are in order"),
+        }
+    }
+
+    /// A fault that was read at `since` has its page.
+    pub(crate) fn stalled(&mut self, since: Instant) {
+        let nanos = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.stalls.saturating_record(nanos);
+    }
+}
+
+/// A session's numbers, as logged and as JSON. Sessions with several
+/// userfaultfds add them up.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SessionSummary {
+    /// The session's number in this daemon, from 1.
+    pub session: u64,
+    /// The peer's process id, 0 for the pager's own process.
+    pub peer_pid: i32,
+    /// Why it ended; absent while it lives.
+    pub reason: Option<EndReason>,
+    /// Memory regions.
+    pub regions: u64,
+    /// Bytes in them.
+    pub memory_bytes: u64,
+    /// Faults read from the kernel.
+    pub faults: u64,
+    /// Of them, those whose page was in flight already.
+    pub faults_joined: u64,
+    /// Of them, those whose page was in place already, or given back unseen.
+    pub faults_confirmed: u64,
+    /// Installs put off because the memory's layout was changing, or no memory
+    /// was free.
+    pub retries: u64,
+    /// Pages installed because somebody waited for them.
+    pub pages_demand: u64,
+    /// Pages installed because a neighbour was demanded.
+    pub pages_neighbour: u64,
+    /// Pages installed by the background fill.
+    pub pages_fill: u64,
+    /// Zero pages installed.
+    pub pages_zero: u64,
+    /// Pages given back by the guest.
+    pub pages_removed: u64,
+    /// Pages that could not be had.
+    pub pages_poisoned: u64,
+    /// Pages whose bytes were still to come at the end.
+    pub pages_missing: u64,
+    /// Bytes taken from the source.
+    pub bytes_read: u64,
+    /// Median time from reading a fault to its install, in microseconds.
+    pub stall_p50_us: f64,
+    /// Its 99th percentile.
+    pub stall_p99_us: f64,
+    /// Its maximum.
+    pub stall_max_us: f64,
+    /// How long the background fill took, in milliseconds.
+    pub fill_ms: Option<f64>,
+    /// How long the session lasted, in milliseconds.
+    pub duration_ms: f64,
+}
+
+/// Adds up a session's memories.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    totals: Counters,
+    regions: u64,
+    memory_bytes: u64,
+    pages_missing: u64,
+}
+
+impl Tally {
+    pub(crate) fn new() -> Self {
+        Self { totals: Counters::new(), regions: 0, memory_bytes: 0, pages_missing: 0 }
+    }
+
+    /// Adds one memory's numbers.
+    pub(crate) fn add(&mut self, end: &MemoryNumbers) {
+        let (to, from) = (&mut self.totals, &end.counters);
+        to.started = to.started.min(from.started);
+        to.faults += from.faults;
+        to.joined += from.joined;
+        to.confirmed += from.confirmed;
+        to.retried += from.retried;
+        to.pages_demand += from.pages_demand;
+        to.pages_neighbour += from.pages_neighbour;
+        to.pages_fill += from.pages_fill;
+        to.pages_zero += from.pages_zero;
+        to.pages_removed += from.pages_removed;
+        to.pages_poisoned += from.pages_poisoned;
+        to.bytes_read += from.bytes_read;
+        to.fill_took = to.fill_took.max(from.fill_took);
+        to.stalls.add(&from.stalls).expect("all histograms have the same bounds");
+        self.regions += end.regions;
+        self.memory_bytes += end.memory_bytes;
+        self.pages_missing += end.pages_missing;
+    }
+
+    /// The numbers so far.
+    pub(crate) fn summary(
+        &self,
+        session: u64,
+        peer_pid: i32,
+        reason: Option<EndReason>,
+    ) -> SessionSummary {
+        let totals = &self.totals;
+        SessionSummary {
+            session,
+            peer_pid,
+            reason,
+            regions: self.regions,
+            memory_bytes: self.memory_bytes,
+            faults: totals.faults,
+            faults_joined: totals.joined,
+            faults_confirmed: totals.confirmed,
+            retries: totals.retried,
+            pages_demand: totals.pages_demand,
+            pages_neighbour: totals.pages_neighbour,
+            pages_fill: totals.pages_fill,
+            pages_zero: totals.pages_zero,
+            pages_removed: totals.pages_removed,
+            pages_poisoned: totals.pages_poisoned,
+            pages_missing: self.pages_missing,
+            bytes_read: totals.bytes_read,
+            stall_p50_us: micros(totals.stalls.value_at_quantile(0.5)),
+            stall_p99_us: micros(totals.stalls.value_at_quantile(0.99)),
+            stall_max_us: micros(totals.stalls.max()),
+            fill_ms: totals.fill_took.map(|took| took.as_secs_f64() * 1e3),
+            duration_ms: totals.started.elapsed().as_secs_f64() * 1e3,
+        }
+    }
+}
+
+/// Nanoseconds as microseconds, to the nearest tenth.
+#[expect(clippy::cast_precision_loss, reason = "a stall of 2^53 ns is 104 days")]
+fn micros(nanos: u64) -> f64 {
+    (nanos as f64 / 100.0).round() / 10.0
+}
+
+/// One memory's numbers, as its worker reports them.
+#[derive(Clone, Debug)]
+pub(crate) struct MemoryNumbers {
+    pub(crate) counters: Counters,
+    pub(crate) regions: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) pages_missing: u64,
+}

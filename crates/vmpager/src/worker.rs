@@ -1,0 +1,469 @@
+//! The thread that serves: it reads the faults of its memories, installs what
+//! is at hand, hands the rest to its reader, installs what that finishes, and
+//! fills in the background while nobody waits.
+//!
+//! Workers share nothing, so that serving a fault takes no lock and no handoff.
+//! A memory belongs to one worker for life.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use tracing::{debug, error};
+use vmpager_core::{PageSource, SourceError};
+
+use crate::polling::Polling;
+use crate::reads::{MemoryId, Read, Reads};
+use crate::served::{Filled, Lost, Served};
+use crate::stats::{EndReason, MemoryNumbers};
+
+/// What a worker is told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Serve this memory.
+    Serve(Box<Served>),
+    /// The process it belongs to has exited, as far as its pidfd tells.
+    PeerExited(MemoryId),
+    /// Say what a memory's numbers are.
+    Report(MemoryId, Sender<MemoryNumbers>),
+    /// Fill this memory, though it was not asked for at first.
+    Fill(MemoryId),
+    /// Finish what is in flight, then end; take `until` at most. `poison` says
+    /// which memories nobody would go on holding.
+    Stop { until: Instant, poison: Vec<MemoryId> },
+}
+
+/// What a worker tells.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A memory is served no longer.
+    Ended { memory: MemoryId, reason: EndReason, numbers: MemoryNumbers },
+    /// A memory that was said to be gone is still there.
+    StillAlive(MemoryId),
+    /// The worker has ended.
+    Stopped,
+}
+
+/// A worker thread, as its owner sees it.
+#[derive(Debug)]
+pub(crate) struct WorkerHandle {
+    commands: Sender<Command>,
+    doorbell: Arc<OwnedFd>,
+    pub(crate) thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl WorkerHandle {
+    /// Tells the worker something. False if it has ended.
+    pub(crate) fn tell(&self, command: Command) -> bool {
+        let told = self.commands.send(command).is_ok();
+        ring(&self.doorbell);
+        told
+    }
+}
+
+/// Makes an eventfd readable. It cannot fail but by overflow, which is as
+/// good.
+pub(crate) fn ring(doorbell: &OwnedFd) {
+    let _ = rustix::io::write(doorbell, &1u64.to_ne_bytes());
+}
+
+/// Makes an eventfd unreadable.
+pub(crate) fn unring(doorbell: &OwnedFd) {
+    let _ = rustix::io::read(doorbell, &mut [0u8; 8]);
+}
+
+/// An eventfd to wait on.
+pub(crate) fn doorbell() -> io::Result<OwnedFd> {
+    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+}
+
+/// Makes `epoll` report when `fd` is readable.
+pub(crate) fn watch(epoll: &OwnedFd, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+    let data = epoll::EventData::new_u64(token);
+    Ok(epoll::add(epoll, fd, data, epoll::EventFlags::IN)?)
+}
+
+/// What starting a worker needs.
+#[derive(Debug)]
+pub(crate) struct WorkerConfig {
+    pub(crate) name: String,
+    pub(crate) source: Arc<dyn PageSource>,
+    pub(crate) events: Sender<Event>,
+    /// Rung after each event.
+    pub(crate) owner: Arc<OwnedFd>,
+    /// The longest time to poll before sleeping.
+    pub(crate) max_polling: Duration,
+}
+
+/// Why a worker could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The source gave no reader.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A descriptor or the thread could not be had.
+    #[error("starting a worker thread: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// epoll tokens of what is no memory; memories use their ids.
+const DOORBELL: u64 = u64::MAX;
+const READER: u64 = u64::MAX - 1;
+
+/// Looks between two looks at everything else, while polling memories that
+/// fault.
+const LOOKS: u32 = 16;
+
+/// Starts a worker.
+pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
+    let reader = config.source.open_reader()?;
+    let bell = Arc::new(doorbell()?);
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
+    watch(&epoll, bell.as_fd(), DOORBELL)?;
+    if let Some(fd) = reader.ready_fd() {
+        watch(&epoll, fd, READER)?;
+    }
+    let (commands, inbox) = crossbeam_channel::unbounded();
+    let worker = Worker {
+        epoll,
+        bell: bell.clone(),
+        inbox,
+        events: config.events,
+        owner: config.owner,
+        memories: HashMap::new(),
+        hot: Vec::new(),
+        reads: Reads::new(reader),
+        polling: Polling::new(config.max_polling),
+        stopping: None,
+        filling: Vec::new(),
+        fill_turn: 0,
+        demanded: false,
+    };
+    let thread = std::thread::Builder::new().name(config.name).spawn(move || {
+        let _guard = AbortOnPanic;
+        worker.run();
+    })?;
+    Ok(WorkerHandle { commands, doorbell: bell, thread: Some(thread) })
+}
+
+/// Unwinding a worker would close its userfaultfds, and memory still missing
+/// would read as zeroes. No guest may see that: the process ends instead.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+struct Worker {
+    epoll: OwnedFd,
+    bell: Arc<OwnedFd>,
+    inbox: Receiver<Command>,
+    events: Sender<Event>,
+    owner: Arc<OwnedFd>,
+    memories: HashMap<MemoryId, Served>,
+    /// Memories that faulted a moment ago: these are polled.
+    hot: Vec<MemoryId>,
+    reads: Reads,
+    polling: Polling,
+    stopping: Option<(Instant, Vec<MemoryId>)>,
+    /// Memories to be filled, and whose turn it is.
+    filling: Vec<MemoryId>,
+    fill_turn: usize,
+    /// Faults were served since the last step of the fill.
+    demanded: bool,
+}
+
+/// Why the worker's loop may go on without sleeping.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Work {
+    Served,
+    Filled,
+    None,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut looks = 0;
+        let mut ready = Vec::with_capacity(64);
+        loop {
+            let mut work = self.serve_hot();
+            let mut due = self.reads.resume();
+            if work == Work::None && self.fill() {
+                work = Work::Filled;
+            }
+            looks += 1;
+            let timeout = match work {
+                // Faults keep coming: the others are looked at now and then.
+                Work::Served if looks < LOOKS => continue,
+                Work::None if looks < LOOKS && self.keep_looking() => {
+                    // Where more threads than CPUs run, the next to fault may
+                    // be waiting for this one.
+                    std::thread::yield_now();
+                    continue;
+                }
+                Work::Served | Work::Filled => Some(Duration::ZERO),
+                Work::None if self.keep_looking() => Some(Duration::ZERO),
+                Work::None => {
+                    self.hot.clear();
+                    let retries = self.memories.values().filter_map(Served::retry_at);
+                    let stop = self.stopping.as_ref().map(|(until, _)| *until);
+                    due = due.into_iter().chain(retries).chain(stop).min();
+                    due.map(|at| at.saturating_duration_since(Instant::now()))
+                }
+            };
+            looks = 0;
+            if let Err(error) = self.wait(timeout, &mut ready) {
+                error!("waiting for faults: {error}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            if self.may_stop() {
+                return self.stop();
+            }
+        }
+    }
+
+    fn keep_looking(&self) -> bool {
+        !self.hot.is_empty() && self.polling.keep_looking()
+    }
+
+    /// Serves the memories that faulted lately, and those with retries due.
+    fn serve_hot(&mut self) -> Work {
+        let mut served = 0;
+        let mut index = 0;
+        while let Some(&id) = self.hot.get(index) {
+            index += 1;
+            let Some(memory) = self.memories.get_mut(&id) else { continue };
+            match memory.serve(&mut self.reads) {
+                Ok(n) => served += n,
+                Err(lost) => self.lose(id, lost),
+            }
+        }
+        if served == 0 {
+            return Work::None;
+        }
+        self.polling.served(Instant::now());
+        self.demanded = true;
+        Work::Served
+    }
+
+    /// Learns what happened elsewhere.
+    fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
+        let sleeping = timeout != Some(Duration::ZERO);
+        let timeout = timeout.map(|t| Timespec::try_from(t).unwrap_or_default());
+        ready.clear();
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(ready), timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            other => other?,
+        };
+        if sleeping && !ready.is_empty() {
+            self.polling.woken(Instant::now());
+        }
+        for event in ready.iter() {
+            match event.data.u64() {
+                DOORBELL => {
+                    unring(&self.bell);
+                    self.obey();
+                }
+                READER => self.complete_reads(),
+                id if !self.hot.contains(&MemoryId(id)) => self.hot.push(MemoryId(id)),
+                _ => {}
+            }
+        }
+        let now = Instant::now();
+        for (id, memory) in &self.memories {
+            if memory.retry_at().is_some_and(|at| at <= now) && !self.hot.contains(id) {
+                self.hot.push(*id);
+            }
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self) {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(Command::Serve(memory)) => self.take_in(*memory),
+                Ok(Command::PeerExited(id)) => {
+                    let Some(memory) = self.memories.get(&id) else { continue };
+                    if memory.is_alive() {
+                        self.tell(Event::StillAlive(id));
+                    } else {
+                        self.lose(id, Lost::PeerGone);
+                    }
+                }
+                Ok(Command::Report(id, to)) => {
+                    if let Some(memory) = self.memories.get(&id) {
+                        let _ = to.send(memory.numbers());
+                    }
+                }
+                Ok(Command::Fill(id)) => {
+                    if self.memories.contains_key(&id) && !self.filling.contains(&id) {
+                        self.filling.push(id);
+                    }
+                }
+                Ok(Command::Stop { until, poison }) => {
+                    self.filling.clear();
+                    self.stopping = Some((until, poison));
+                }
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    self.stopping.get_or_insert((Instant::now(), Vec::new()));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take_in(&mut self, memory: Served) {
+        let id = memory.id();
+        if let Err(error) = watch(&self.epoll, memory.events(), id.0) {
+            let numbers = memory.numbers();
+            let reason = EndReason::Failed(format!("watching the userfaultfd: {error}"));
+            self.tell(Event::Ended { memory: id, reason, numbers });
+            return;
+        }
+        if memory.wants_fill() {
+            self.filling.push(id);
+        }
+        self.memories.insert(id, memory);
+        self.hot.push(id);
+    }
+
+    fn complete_reads(&mut self) {
+        let Self { reads, memories, .. } = self;
+        let mut failed: Vec<(Read, SourceError)> = Vec::new();
+        let mut put_off = Vec::new();
+        let mut lost = Vec::new();
+        reads.complete(|read, result| {
+            let Some(memory) = memories.get_mut(&read.memory) else { return };
+            match result {
+                Ok(data) if data.len() as u64 == read.range.len => {
+                    let mut left = Vec::new();
+                    if let Err(why) = memory.read_done(read, data, &mut left) {
+                        lost.push((read.memory, why));
+                    }
+                    put_off.extend(left.into_iter().map(|left| (read.memory, left)));
+                }
+                Ok(data) => {
+                    // A reader that breaks its contract must not be believed.
+                    let error = io::Error::other(format!("{} bytes came", data.len()));
+                    let name = Arc::from("the source");
+                    let error = Arc::new(error);
+                    failed.push((read, SourceError::Io { name, range: read.range, error }));
+                }
+                Err(error) => failed.push((read, error)),
+            }
+        });
+        for (id, left) in put_off {
+            if let Some(memory) = memories.get_mut(&id)
+                && let Err(why) = memory.put_off_all([left], reads)
+            {
+                lost.push((id, why));
+            }
+        }
+        for (read, error) in failed {
+            if let Some(memory) = memories.get_mut(&read.memory)
+                && let Err(why) = memory.read_failed(read, &error, reads)
+            {
+                lost.push((read.memory, why));
+            }
+        }
+        for (id, why) in lost {
+            self.lose(id, why);
+        }
+    }
+
+    /// One step of the background fill, for the memory whose turn it is.
+    fn fill(&mut self) -> bool {
+        for _ in 0..self.filling.len() {
+            self.fill_turn = (self.fill_turn + 1) % self.filling.len();
+            let id = self.filling[self.fill_turn];
+            let Some(memory) = self.memories.get_mut(&id) else { continue };
+            if std::mem::take(&mut self.demanded) {
+                memory.others_wait();
+            }
+            match memory.fill_step(&mut self.reads) {
+                Ok(Filled::Some) => return true,
+                Ok(Filled::Wait) => {}
+                // The list has changed: go round again.
+                Ok(Filled::All) => {
+                    self.end_filled(id);
+                    return true;
+                }
+                Err(lost) => {
+                    self.lose(id, lost);
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    fn end_filled(&mut self, id: MemoryId) {
+        if let Some(memory) = self.forget(id) {
+            memory.detach();
+            let numbers = memory.numbers();
+            self.tell(Event::Ended { memory: id, reason: EndReason::Filled, numbers });
+        }
+    }
+
+    fn lose(&mut self, id: MemoryId, lost: Lost) {
+        if let Some(memory) = self.forget(id) {
+            let numbers = memory.numbers();
+            let reason = match lost {
+                Lost::PeerGone => EndReason::PeerExited,
+                Lost::Failed(why) => EndReason::Failed(why),
+            };
+            self.tell(Event::Ended { memory: id, reason, numbers });
+        }
+    }
+
+    /// Takes a memory out. Its reads in flight end without effect.
+    fn forget(&mut self, id: MemoryId) -> Option<Served> {
+        let memory = self.memories.remove(&id)?;
+        self.hot.retain(|hot| *hot != id);
+        self.filling.retain(|filling| *filling != id);
+        if let Err(error) = epoll::delete(&self.epoll, memory.events()) {
+            debug!("unwatching a userfaultfd: {error}");
+        }
+        Some(memory)
+    }
+
+    fn tell(&self, event: Event) {
+        if self.events.send(event).is_ok() {
+            ring(&self.owner);
+        }
+    }
+
+    fn may_stop(&self) -> bool {
+        self.stopping.as_ref().is_some_and(|(until, _)| {
+            let idle =
+                self.reads.is_idle() && self.memories.values().all(|m| m.retry_at().is_none());
+            idle || *until <= Instant::now()
+        })
+    }
+
+    fn stop(mut self) {
+        let poison = self.stopping.take().map_or_else(Vec::new, |(_, poison)| poison);
+        let ids: Vec<MemoryId> = self.memories.keys().copied().collect();
+        for id in ids {
+            let Some(mut memory) = self.forget(id) else { continue };
+            let numbers = memory.numbers();
+            let reason = EndReason::Stopped;
+            if poison.contains(&id) && !memory.poison_missing() {
+                // Held for ever beats zeroes: the descriptor must stay open.
+                error!("missing pages cannot be poisoned; their waiters are held");
+                std::mem::forget(memory);
+            }
+            self.tell(Event::Ended { memory: id, reason, numbers });
+        }
+        self.tell(Event::Stopped);
+    }
+}
