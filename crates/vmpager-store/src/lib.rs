@@ -1,1 +1,26 @@
-//! placeholder
+//! Where page contents come from: implementations of
+//! [`vmpager_core::PageSource`].
+//!
+//! | type | what it reads |
+//! |---|---|
+//! | [`RawFile`] | a raw memory file, as VMMs write it |
+//! | [`MemorySource`] | bytes in this process, always at hand: tests, benchmarks |
+//! | [`FaultySource`] | another source, made slow, failing or silent by a script: tests |
+#![forbid(unsafe_code)]
+
+mod background;
+mod buffers;
+mod doorbell;
+mod executor;
+pub mod faulty;
+mod memory_source;
+mod queue;
+pub mod raw_file;
+mod threads;
+
+pub use faulty::FaultySource;
+pub use memory_source::MemorySource;
+pub use raw_file::{Backend, OpenError, RawFile, RawFileOptions};
+
+/// Guest memory, sources and page caches are addressed in pages of this size.
+const PAGE: u64 = 4096;
