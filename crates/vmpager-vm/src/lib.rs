@@ -1,1 +1,70 @@
-//! placeholder
+//! vmpager's reference microVM: a small guest whose every page is known, to
+//! restore, touch, time and verify.
+//!
+//! A [`Vm`] is built from a seed, prepared (the guest computes the checksum of
+//! every page of its memory), saved to a [`Snapshot`], and restored with its
+//! memory read at once, mapped, or left to a pager. The restored guest then
+//! runs a [`Workload`]: it touches pages in an order of the caller's choice,
+//! times each first access, and verifies each page against the checksum it
+//! computed itself. The vCPUs are KVM's, or host threads where there is no
+//! KVM.
+//!
+//! ```no_run
+//! use std::time::Instant;
+//! use vmpager_vm::{Cpu, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig, Workload};
+//!
+//! # fn main() -> Result<(), vmpager_vm::VmError> {
+//! let paths = SnapshotPaths::in_dir("snapshots");
+//! let mut vm = Vm::build(&VmConfig { memory_bytes: 512 << 20, ..VmConfig::default() })?;
+//! vm.prepare()?;
+//! vm.snapshot(&paths)?;
+//!
+//! let since = Instant::now();
+//! let snapshot = Snapshot::open(&paths)?;
+//! let mut vm = Vm::restore(&snapshot, RestoreMemory::Mmap, Cpu::Auto)?;
+//! let report = vm.run(&Workload { touches: Some(24_576), ..Workload::default() }, since)?;
+//! assert_eq!(report.mismatches, 0);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | `contents` | what memory holds |
+//! | `checksum` | a page's checksum, the same on host and guest |
+//! | `layout` | where the guest's own structures lie |
+//! | `kvm` | machine, vCPUs, registers, the guest's program |
+//! | `threads` | the same work by host threads |
+//! | `workload`, `report` | what the guest is asked, what it answers |
+//! | `snapshot`, `restore` | state and memory files, and the ways back from them |
+//! | `vm` | all of it together |
+
+#![deny(unsafe_code)]
+
+mod checksum;
+mod contents;
+mod device;
+mod error;
+mod kvm;
+mod layout;
+mod parallel;
+mod report;
+mod restore;
+mod snapshot;
+mod threads;
+mod vm;
+mod workload;
+
+pub use checksum::checksum;
+pub use contents::{Contents, Kind};
+pub use error::VmError;
+pub use report::{HostReport, RunReport, Stalls};
+pub use restore::RestoreMemory;
+pub use snapshot::{Snapshot, SnapshotPaths};
+pub use vm::{Cpu, CpuKind, Vm, VmConfig};
+pub use workload::{Order, Workload};
+
+/// Bytes in a page of the guest.
+pub const PAGE_BYTES: usize = 4096;
+/// The same, for addresses.
+pub(crate) const PAGE_SIZE: u64 = 4096;

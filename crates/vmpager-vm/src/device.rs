@@ -1,0 +1,122 @@
+//! The device memory: where the host leaves a run's parameters and finds its
+//! results. Always present, so that a run measures guest memory only.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use vmpager_sys::memory::Mapping;
+
+use crate::error::VmError;
+use crate::kvm::{Command, Parameters};
+use crate::layout::{DEVICE_GPA, Layout};
+use crate::parallel::split;
+use crate::report::Stalls;
+use crate::{PAGE_BYTES, kvm};
+
+/// Parameter blocks (a page per vCPU), then the order, then the stalls.
+#[derive(Debug)]
+pub(crate) struct Device {
+    mapping: Arc<Mapping>,
+    vcpus: usize,
+    /// Bytes of the order, and of the stalls.
+    table_bytes: usize,
+    sums: u64,
+}
+
+impl Device {
+    pub(crate) fn new(layout: &Layout) -> Result<Self, VmError> {
+        let vcpus = to_usize(layout.vcpus);
+        let table_bytes = (to_usize(layout.memory_pages) * 4).next_multiple_of(PAGE_BYTES);
+        let len = vcpus * PAGE_BYTES + 2 * table_bytes;
+        let mapping = Mapping::anonymous(len)
+            .map_err(|error| VmError::Memory { bytes: len as u64, error })?;
+        let sums = layout.sum_of(0);
+        Ok(Self { mapping: Arc::new(mapping), vcpus, table_bytes, sums })
+    }
+
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    /// Asks every vCPU for the checksums of its part of the pages.
+    pub(crate) fn ask_prepare(&self, pages: Range<u64>) {
+        for (vcpu, part) in split(pages, self.vcpus).into_iter().enumerate() {
+            let parameters = Parameters {
+                command: Command::Prepare as u64,
+                first: part.start,
+                count: part.end - part.start,
+                sums: self.sums,
+                ..Parameters::default()
+            };
+            parameters.store(&self.mapping, vcpu);
+        }
+    }
+
+    /// Asks every vCPU to touch its part of the pages.
+    pub(crate) fn ask_work(&self, pages: &[u32], write_every: u64) -> Result<(), VmError> {
+        let bytes: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
+        self.mapping.write(self.order_at(0), &bytes);
+        let stalls = self.stalls_at(0)..self.stalls_at(pages.len()).next_multiple_of(PAGE_BYTES);
+        self.mapping
+            .populate(stalls)
+            .map_err(|error| VmError::Memory { bytes: bytes.len() as u64, error })?;
+        let parts = split(0..pages.len() as u64, self.vcpus);
+        for (vcpu, part) in parts.into_iter().enumerate() {
+            let first = to_usize(part.start);
+            let parameters = Parameters {
+                command: Command::Work as u64,
+                count: part.end - part.start,
+                order: DEVICE_GPA + self.order_at(first) as u64,
+                stalls: DEVICE_GPA + self.stalls_at(first) as u64,
+                sums: self.sums,
+                write_every,
+                ..Parameters::default()
+            };
+            parameters.store(&self.mapping, vcpu);
+        }
+        Ok(())
+    }
+
+    /// Pages with a wrong checksum, and the first of them (of the first vCPU
+    /// that found one).
+    pub(crate) fn mismatches(&self) -> (u64, Option<u64>) {
+        let mut total = 0;
+        let mut first_of_all = None;
+        for vcpu in 0..self.vcpus {
+            let (count, first) = Parameters::load_results(&self.mapping, vcpu);
+            total += count;
+            if count > 0 {
+                first_of_all = first_of_all.or(Some(first));
+            }
+        }
+        (total, first_of_all)
+    }
+
+    /// The stalls of the last run's touches.
+    pub(crate) fn stalls(&self, touches: usize) -> Stalls {
+        let mut bytes = vec![0; touches * 4];
+        self.mapping.read(self.stalls_at(0), &mut bytes);
+        let nanoseconds_per_cycle = kvm::nanoseconds_per_cycle();
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "2^32 cycles are a few seconds, positive and far below 2^64 ns"
+        )]
+        let nanoseconds = |cycles: u32| (f64::from(cycles) * nanoseconds_per_cycle) as u64;
+        let cycles = bytes.as_chunks::<4>().0.iter().map(|c| u32::from_le_bytes(*c));
+        Stalls::new(cycles.map(nanoseconds).collect())
+    }
+
+    fn order_at(&self, index: usize) -> usize {
+        self.vcpus * PAGE_BYTES + index * 4
+    }
+
+    fn stalls_at(&self, index: usize) -> usize {
+        self.order_at(index) + self.table_bytes
+    }
+}
+
+/// Guest memory is at most 32 GiB.
+pub(crate) fn to_usize(n: u64) -> usize {
+    usize::try_from(n).expect("64-bit host")
+}

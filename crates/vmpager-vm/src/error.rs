@@ -1,0 +1,111 @@
+//! What can go wrong with a reference VM.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use vmpager_sys::uffd::OpenError;
+
+/// Why a VM could not be built, saved, restored or run.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// A setting is out of range.
+    #[error("{field} {value} cannot be used; {remedy}")]
+    Config {
+        /// Which setting.
+        field: &'static str,
+        /// What it was.
+        value: u64,
+        /// What to use instead.
+        remedy: &'static str,
+    },
+    /// There is no KVM for this user.
+    #[error(
+        "/dev/kvm: {0}. Load the kvm module or give this user access to it; host threads can \
+         stand in for vCPUs"
+    )]
+    NoKvm(io::Error),
+    /// KVM refused something.
+    #[error("KVM refused to {what}: {error}")]
+    Kvm {
+        /// What was asked of it.
+        what: &'static str,
+        /// What it said.
+        error: io::Error,
+    },
+    /// The guest stopped in a way it never does by itself.
+    #[error("vCPU {vcpu} stopped unexpectedly at rip {rip:#x}: {exit}")]
+    Exit {
+        /// Which vCPU.
+        vcpu: u64,
+        /// KVM's exit reason, or the error of KVM_RUN.
+        exit: String,
+        /// The guest's instruction pointer.
+        rip: u64,
+    },
+    /// A file could not be read or written.
+    #[error("cannot {what} {path}: {error}")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// A state file is not one, or of another version.
+    #[error("{path} is no usable VM state: {problem}")]
+    State {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it, naming the field.
+        problem: String,
+    },
+    /// The memory file does not belong to the state file.
+    #[error(
+        "{path} has {actual} bytes, but its state file says memory_bytes {expected}; use the two \
+         files of one snapshot"
+    )]
+    MemorySize {
+        /// The memory file.
+        path: PathBuf,
+        /// Its size.
+        actual: u64,
+        /// The size in the state file.
+        expected: u64,
+    },
+    /// Guest memory could not be mapped.
+    #[error("cannot map {bytes} bytes of guest memory: {error}")]
+    Memory {
+        /// How much.
+        bytes: u64,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// No userfaultfd for on-demand memory.
+    #[error(transparent)]
+    Userfaultfd(#[from] OpenError),
+    /// Guest memory could not be registered with the userfaultfd.
+    #[error("cannot register guest memory for on-demand paging: {0}")]
+    Register(io::Error),
+    /// The pager could not be reached.
+    #[error("cannot hand guest memory to the pager at {socket}: {error}; is it running?")]
+    Handshake {
+        /// The pager's socket.
+        socket: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The guest has no checksum table yet.
+    #[error("the guest is not prepared: let it compute its checksums first (`Vm::prepare`)")]
+    NotPrepared,
+}
+
+impl VmError {
+    /// For `map_err` on a file operation.
+    pub(crate) fn file<'a>(
+        what: &'static str,
+        path: &'a Path,
+    ) -> impl FnOnce(io::Error) -> Self + 'a {
+        move |error| Self::File { what, path: path.to_path_buf(), error }
+    }
+}

@@ -1,0 +1,131 @@
+//! The ways guest memory comes back from a snapshot.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use vmpager_sys::memory::{GuestRange, Mapping};
+use vmpager_sys::peer::send_with_fds;
+use vmpager_sys::uffd::{Features, Userfaultfd};
+
+use crate::device::to_usize;
+use crate::error::VmError;
+use crate::snapshot::Snapshot;
+
+/// Where a restored VM's memory comes from.
+#[derive(Clone, Debug)]
+pub enum RestoreMemory {
+    /// Anonymous memory, all of it read from the file before the guest starts.
+    Eager,
+    /// A private mapping of the file.
+    Mmap,
+    /// Absent memory, handed to a pager over its unix socket exactly as
+    /// Firecracker does.
+    OnDemand {
+        /// Where the pager listens.
+        socket: PathBuf,
+        /// Whether the memory is made of hugetlb pages of 2 MiB.
+        huge_pages: bool,
+    },
+    /// Memory the caller has prepared (and serves, if its pages are absent).
+    /// It must have [`Snapshot::memory_bytes`] bytes.
+    Prepared(Arc<Mapping>),
+}
+
+/// Guest memory, and what must live as long as it does.
+#[derive(Debug)]
+pub(crate) struct GuestMemory {
+    pub(crate) mapping: Arc<Mapping>,
+    // A pager takes the end of the connection for the end of the VM, and the
+    // end of the descriptor would turn absent pages into zeroes. Dropped after
+    // the machine, in this order.
+    _pager: Option<(UnixStream, Userfaultfd)>,
+}
+
+impl GuestMemory {
+    pub(crate) fn new(mapping: Arc<Mapping>) -> Self {
+        Self { mapping, _pager: None }
+    }
+
+    pub(crate) fn restore(snapshot: &Snapshot, from: RestoreMemory) -> Result<Self, VmError> {
+        let bytes = snapshot.memory_bytes();
+        let len = to_usize(bytes);
+        let cannot_map = |error| VmError::Memory { bytes, error };
+        let path = &snapshot.paths.memory;
+        match from {
+            RestoreMemory::Eager => {
+                let file = File::open(path).map_err(VmError::file("open", path))?;
+                let mapping = Mapping::anonymous(len).map_err(cannot_map)?;
+                mapping
+                    .read_from_file(file.as_fd(), 0..len)
+                    .map_err(VmError::file("read", path))?;
+                Ok(Self::new(Arc::new(mapping)))
+            }
+            RestoreMemory::Mmap => {
+                let file = File::open(path).map_err(VmError::file("open", path))?;
+                let mapping = Mapping::file_private(file.as_fd(), len);
+                Ok(Self::new(Arc::new(mapping.map_err(VmError::file("map", path))?)))
+            }
+            RestoreMemory::OnDemand { socket, huge_pages } => {
+                let mapping =
+                    if huge_pages { Mapping::hugetlb_2m(len) } else { Mapping::anonymous(len) };
+                let mapping = Arc::new(mapping.map_err(cannot_map)?);
+                let pager = hand_over(&mapping, &socket, huge_pages)?;
+                Ok(Self { mapping, _pager: Some(pager) })
+            }
+            RestoreMemory::Prepared(mapping) if mapping.len() == len => Ok(Self::new(mapping)),
+            RestoreMemory::Prepared(mapping) => Err(VmError::Config {
+                field: "prepared memory size",
+                value: mapping.len() as u64,
+                remedy: "map as many bytes as the snapshot's memory has",
+            }),
+        }
+    }
+}
+
+/// One memory region in Firecracker's handshake.
+#[derive(Serialize)]
+struct Region {
+    base_host_virt_addr: u64,
+    size: u64,
+    offset: u64,
+    page_size: u64,
+    /// In bytes, whatever the name says.
+    page_size_kib: u64,
+}
+
+/// Registers the memory, and sends its layout and the userfaultfd in one
+/// message.
+fn hand_over(
+    mapping: &Arc<Mapping>,
+    socket: &Path,
+    huge_pages: bool,
+) -> Result<(UnixStream, Userfaultfd), VmError> {
+    let features = if huge_pages {
+        Features::EVENT_REMOVE.union(Features::MISSING_HUGETLBFS)
+    } else {
+        Features::EVENT_REMOVE
+    };
+    let uffd = Userfaultfd::open(features)?;
+    uffd.register_missing(&GuestRange::of_mapping(mapping)).map_err(VmError::Register)?;
+
+    let page_size = if huge_pages { 2 << 20 } else { 4096 };
+    let regions = [Region {
+        base_host_virt_addr: mapping.hva(),
+        size: mapping.len() as u64,
+        offset: 0,
+        page_size,
+        page_size_kib: page_size,
+    }];
+    let message = serde_json::to_vec(&regions).expect("plain fields always serialize");
+    let failed = |error| VmError::Handshake { socket: socket.to_path_buf(), error };
+    let stream = UnixStream::connect(socket).map_err(failed)?;
+    let sent = send_with_fds(&stream, &message, &[uffd.as_fd()]).map_err(failed)?;
+    if sent != message.len() {
+        return Err(failed(std::io::ErrorKind::WriteZero.into()));
+    }
+    Ok((stream, uffd))
+}

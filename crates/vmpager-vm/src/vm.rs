@@ -1,0 +1,252 @@
+//! The reference VM: builds, prepares, saves, restores, runs and verifies.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use vmpager_sys::memory::Mapping;
+
+use crate::checksum::checksum;
+use crate::contents::{Contents, Kind};
+use crate::device::{Device, to_usize};
+use crate::error::VmError;
+use crate::kvm::{self, Machine};
+use crate::layout::Layout;
+use crate::parallel::in_parallel;
+use crate::report::{HostReport, RunReport};
+use crate::restore::{GuestMemory, RestoreMemory};
+use crate::snapshot::{Snapshot, SnapshotPaths, State};
+use crate::workload::Workload;
+use crate::{PAGE_BYTES, threads};
+
+/// What plays the guest's vCPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cpu {
+    /// KVM where there is one, else host threads.
+    #[default]
+    Auto,
+    /// KVM, or an error.
+    Kvm,
+    /// Host threads, which touch the same mapping as a guest would.
+    Threads,
+}
+
+/// What plays the guest's vCPUs, after [`Cpu::Auto`] was decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CpuKind {
+    /// vCPUs of KVM.
+    Kvm,
+    /// Threads of the host.
+    Threads,
+}
+
+/// A guest to build.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// Guest memory: a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// Decides the contents of memory.
+    pub seed: u64,
+    /// What plays the vCPUs.
+    pub cpu: Cpu,
+    /// How many there are; each works on a part of the pages.
+    pub vcpus: u64,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self { memory_bytes: 512 << 20, seed: 1, cpu: Cpu::Auto, vcpus: 1 }
+    }
+}
+
+/// A virtual machine with the built-in guest.
+#[derive(Debug)]
+pub struct Vm {
+    // Dropped in this order: KVM lets go of memory before it is unmapped.
+    machine: Option<Machine>,
+    memory: GuestMemory,
+    device: Device,
+    layout: Layout,
+    contents: Contents,
+    seed: u64,
+    is_prepared: bool,
+}
+
+impl Vm {
+    /// Builds a guest and generates its memory.
+    ///
+    /// # Errors
+    ///
+    /// If the configuration cannot be used, memory cannot be mapped, or KVM
+    /// was asked for and refuses.
+    pub fn build(config: &VmConfig) -> Result<Self, VmError> {
+        let layout = Layout::new(config.memory_bytes, config.vcpus)?;
+        let bytes = layout.memory_bytes();
+        let mapping = Mapping::anonymous(to_usize(bytes))
+            .map_err(|error| VmError::Memory { bytes, error })?;
+        for (page, bytes) in layout.fixed_pages(kvm::code()).iter().enumerate() {
+            mapping.write(page * PAGE_BYTES, bytes);
+        }
+        let contents = Contents::new(config.seed);
+        in_parallel(layout.first..layout.memory_pages, |part| {
+            let mut bytes = [0; PAGE_BYTES];
+            for page in part.filter(|page| contents.kind(*page) != Kind::Zero) {
+                contents.fill(page, &mut bytes);
+                mapping.write(to_usize(page) * PAGE_BYTES, &bytes);
+            }
+        });
+        let memory = GuestMemory::new(Arc::new(mapping));
+        Self::assemble(memory, layout, config.seed, config.cpu, &[])
+    }
+
+    /// Restores a guest. Its vCPUs may be of another kind than those that
+    /// prepared it.
+    ///
+    /// # Errors
+    ///
+    /// If its memory cannot be had in that way, or KVM refuses.
+    pub fn restore(snapshot: &Snapshot, memory: RestoreMemory, cpu: Cpu) -> Result<Self, VmError> {
+        let state = &snapshot.state;
+        let memory = GuestMemory::restore(snapshot, memory)?;
+        let mut vm = Self::assemble(memory, state.layout.clone(), state.seed, cpu, &state.vcpus)?;
+        vm.is_prepared = true;
+        Ok(vm)
+    }
+
+    fn assemble(
+        memory: GuestMemory,
+        layout: Layout,
+        seed: u64,
+        cpu: Cpu,
+        saved: &[kvm::VcpuState],
+    ) -> Result<Self, VmError> {
+        let device = Device::new(&layout)?;
+        let machine = match cpu {
+            Cpu::Threads => None,
+            Cpu::Kvm | Cpu::Auto => {
+                match Machine::new(&memory.mapping, device.mapping(), &layout, saved) {
+                    Ok(machine) => Some(machine),
+                    Err(VmError::NoKvm(_)) if cpu == Cpu::Auto => None,
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        let contents = Contents::new(seed);
+        Ok(Self { machine, memory, device, layout, contents, seed, is_prepared: false })
+    }
+
+    /// Lets the guest compute the checksum of every page, against which it
+    /// verifies them in later runs, restored or not.
+    ///
+    /// # Errors
+    ///
+    /// If the guest stops unexpectedly.
+    pub fn prepare(&mut self) -> Result<(), VmError> {
+        let pages = self.layout.first..self.layout.memory_pages;
+        match &mut self.machine {
+            Some(machine) => {
+                self.device.ask_prepare(pages);
+                machine.run()?;
+            }
+            None => threads::prepare(&self.memory.mapping, &self.layout, pages),
+        }
+        self.is_prepared = true;
+        Ok(())
+    }
+
+    /// Saves the guest, replacing what was at these paths.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::NotPrepared`], or if a file cannot be written.
+    pub fn snapshot(&mut self, paths: &SnapshotPaths) -> Result<Snapshot, VmError> {
+        if !self.is_prepared {
+            return Err(VmError::NotPrepared);
+        }
+        let cpu = self.cpu();
+        let vcpus = match &mut self.machine {
+            Some(machine) => machine.save()?,
+            None => Vec::new(),
+        };
+        let state = State::new(&self.layout, self.seed, cpu, vcpus);
+        Snapshot::write(paths, state, &self.memory.mapping)
+    }
+
+    /// Runs a workload to its end. `since` is when the clock of
+    /// [`RunReport::first_instruction`] started, usually just before
+    /// [`restore`](Self::restore).
+    ///
+    /// # Errors
+    ///
+    /// If the workload does not fit the guest, or the guest stops unexpectedly.
+    /// Wrong pages are no error here: the report counts them.
+    pub fn run(&mut self, workload: &Workload, since: Instant) -> Result<RunReport, VmError> {
+        if !self.is_prepared {
+            return Err(VmError::NotPrepared);
+        }
+        let pages = workload.pages(self.layout.first..self.layout.memory_pages)?;
+        let Some(machine) = &mut self.machine else {
+            let memory = &self.memory.mapping;
+            return Ok(threads::work(memory, &self.layout, &pages, workload.write_every, since));
+        };
+        self.device.ask_work(&pages, workload.write_every)?;
+        let entries = machine.run()?;
+        let started = entries.iter().map(|e| e.started).min().unwrap_or(since);
+        let done = entries.iter().map(|e| e.done).max().unwrap_or(since);
+        let (mismatches, first_mismatch) = self.device.mismatches();
+        Ok(RunReport {
+            first_instruction: started.saturating_duration_since(since),
+            workload: done.saturating_duration_since(started),
+            pages: pages.len() as u64,
+            mismatches,
+            first_mismatch,
+            stalls: self.device.stalls(pages.len()),
+        })
+    }
+
+    /// Reads all of guest memory through the host's mapping and compares it
+    /// with what was generated: contents, checksum table, code and page tables.
+    /// Only the stacks are left out.
+    pub fn verify_from_host(&self) -> HostReport {
+        let memory = &self.memory.mapping;
+        let fixed = self.layout.fixed_pages(kvm::code());
+        let mut wrong: Vec<u64> = (0..)
+            .zip(&fixed)
+            .filter(|(page, bytes)| threads::checksum_at(memory, *page) != checksum(bytes))
+            .map(|(page, _)| page)
+            .collect();
+        let pages = self.layout.first..self.layout.memory_pages;
+        let parts = in_parallel(pages.clone(), |part| {
+            let mut bytes = [0; PAGE_BYTES];
+            let is_wrong = |page: &u64| {
+                self.contents.fill(*page, &mut bytes);
+                let expected = checksum(&bytes);
+                threads::checksum_at(memory, *page) != expected
+                    || memory.read_u64(to_usize(self.layout.sum_of(*page))) != expected
+            };
+            part.filter(is_wrong).collect::<Vec<u64>>()
+        });
+        wrong.extend(parts.into_iter().flatten());
+        HostReport {
+            pages: fixed.len() as u64 + (pages.end - pages.start),
+            mismatches: wrong.len() as u64,
+            first_mismatch: wrong.first().copied(),
+        }
+    }
+
+    /// The mapping that is guest memory; byte `n` is gpa `n`.
+    pub fn memory(&self) -> &Arc<Mapping> {
+        &self.memory.mapping
+    }
+
+    /// What plays the vCPUs.
+    pub fn cpu(&self) -> CpuKind {
+        if self.machine.is_some() { CpuKind::Kvm } else { CpuKind::Threads }
+    }
+
+    /// How many pages have contents, that is, can be touched by a workload.
+    pub fn content_pages(&self) -> u64 {
+        self.layout.content_pages()
+    }
+}
