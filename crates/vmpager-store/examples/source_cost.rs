@@ -5,7 +5,7 @@
 
 use std::error::Error;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,8 @@ fn main() -> Result<()> {
     result
 }
 
-fn measure(path: &PathBuf) -> Result<()> {
+fn measure(path: &Path) -> Result<()> {
+    warm_up(path)?;
     let options = RawFile::options();
     for (name, options) in [
         ("mapped, unlimited", options.clone()),
@@ -56,7 +57,13 @@ fn measure(path: &PathBuf) -> Result<()> {
     Ok(())
 }
 
-fn try_reads(options: RawFileOptions, path: &PathBuf) -> Result<()> {
+/// Brings the file into the page cache.
+fn warm_up(path: &Path) -> Result<()> {
+    std::io::copy(&mut std::fs::File::open(path)?, &mut std::io::sink())?;
+    Ok(())
+}
+
+fn try_reads(options: RawFileOptions, path: &Path) -> Result<()> {
     for (count, random) in [(1, false), (1, true), (16, false), (16, true), (512, false)] {
         let source = options.clone().open(path)?;
         let blocks = source.len() / PAGE / count;
@@ -81,7 +88,9 @@ fn try_reads(options: RawFileOptions, path: &PathBuf) -> Result<()> {
 
 fn background(source: &Arc<RawFile>, count: u64, warm: bool) -> Result<()> {
     let file = std::fs::File::open(&*source.name())?;
-    if !warm {
+    if warm {
+        warm_up(source.name().as_ref().as_ref())?;
+    } else {
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
     }
     let mut reader = Arc::clone(source).open_reader()?;

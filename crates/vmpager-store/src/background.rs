@@ -212,3 +212,108 @@ impl Outcome {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    /// Reads of a pipe: they end when the test writes, and in pieces.
+    fn pipe(max_bytes: usize) -> Option<(Background, File)> {
+        let (from, to) = rustix::pipe::pipe().unwrap();
+        let bell = Arc::new(Doorbell::new().unwrap());
+        match Executor::ring(from.into(), DEPTH, &bell) {
+            Ok(executor) => Some((Background::new(executor, bell, max_bytes), to.into())),
+            Err(error) => {
+                println!("skipped: no io_uring ({error})");
+                None
+            }
+        }
+    }
+
+    fn submit(background: &mut Background, id: u64, len: u64, priority: Priority) {
+        let range = ByteRange::new(0, len);
+        background.submit(ReadRequest { id: ReadId(id), range, priority });
+    }
+
+    fn wait(background: &mut Background) -> Vec<(u64, Result<Vec<u8>, ()>)> {
+        let mut ended = Vec::new();
+        for _ in 0..20 {
+            if background.collect() {
+                background.deliver(|id, _, outcome| match outcome {
+                    Outcome::Complete(buf) => ended.push((id.0, Ok(buf.clone()))),
+                    Outcome::EndOfFile | Outcome::Failed(_) => ended.push((id.0, Err(()))),
+                });
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        ended
+    }
+
+    #[test]
+    fn short_reads_continue_where_they_stopped() {
+        let Some((mut background, to)) = pipe(1 << 20) else { return };
+        submit(&mut background, 1, 3 * 4096, Priority::Demand);
+        for (written, byte) in [(4096, 1), (100, 2)] {
+            rustix::io::write(&to, &vec![byte; written]).unwrap();
+            assert_eq!(wait(&mut background), [], "the range is not complete");
+        }
+        rustix::io::write(&to, &[3; 2 * 4096 - 100]).unwrap();
+        let (id, bytes) = wait(&mut background).remove(0);
+        let bytes = bytes.unwrap();
+        assert_eq!((id, bytes[4095], bytes[4096], bytes[4195], bytes[4196]), (1, 1, 2, 2, 3));
+        assert_eq!(background.running_bytes, 0);
+
+        submit(&mut background, 2, 8192, Priority::Demand);
+        rustix::io::write(&to, &[4; 4096]).unwrap();
+        drop(to);
+        assert_eq!(wait(&mut background), [(2, Err(()))], "half of it is none of it");
+    }
+
+    #[test]
+    fn continued_reads_go_on_in_the_file_too() {
+        let bytes: Vec<u8> = (0..5 * 4096_u32).map(|n| (n % 251).to_le_bytes()[0]).collect();
+        let bell = Arc::new(Doorbell::new().unwrap());
+        let executor =
+            Executor::Short { bytes: bytes.clone(), at_most: 1000, finished: Vec::new() };
+        let mut background = Background::new(executor, bell, 1 << 20);
+        for (id, start) in [(1, 0), (2, 4096), (3, 3 * 4096)] {
+            let range = ByteRange::new(start, 3 * 4096);
+            background.submit(ReadRequest { id: ReadId(id), range, priority: Priority::Fill });
+        }
+        let mut ended = wait(&mut background);
+        ended.sort();
+        assert_eq!(ended[0], (1, Ok(bytes[..3 * 4096].to_vec())));
+        assert_eq!(ended[1], (2, Ok(bytes[4096..4 * 4096].to_vec())));
+        assert_eq!(ended[2], (3, Err(())), "the file ends before");
+    }
+
+    #[test]
+    fn reads_and_bytes_in_flight_are_bounded() {
+        let Some((mut background, _to)) = pipe(1 << 20) else { return };
+        for id in 0..100 {
+            submit(&mut background, id, 4096, Priority::Fill);
+        }
+        assert_eq!(background.running.len(), FILL_DEPTH);
+        for id in 100..200 {
+            submit(&mut background, id, 4096, Priority::Demand);
+        }
+        assert_eq!(background.running.len(), DEPTH as usize);
+        drop(background);
+
+        let Some((mut background, _to)) = pipe(1 << 20) else { return };
+        for (from, priority, bytes) in
+            [(0, Priority::Fill, 1 << 20), (100, Priority::Prefetch, (1 << 20) + URGENT_BYTES)]
+        {
+            for id in from..from + 100 {
+                submit(&mut background, id, 256 << 10, priority);
+            }
+            assert_eq!(background.running_bytes, bytes);
+        }
+        let Some((mut background, _to)) = pipe(0) else { return };
+        submit(&mut background, 0, 4 << 20, Priority::Fill);
+        assert_eq!(background.running_bytes, 4 << 20, "one always runs");
+        submit(&mut background, 1, 4096, Priority::Fill);
+        assert_eq!(background.running.len(), 1);
+    }
+}

@@ -38,6 +38,13 @@ pub(crate) struct Finished {
 pub(crate) enum Executor {
     Ring(Box<ReadRing>),
     Threads(ThreadClient),
+    /// Reads at most so many bytes of its own at a time.
+    #[cfg(test)]
+    Short {
+        bytes: Vec<u8>,
+        at_most: usize,
+        finished: Vec<Finished>,
+    },
 }
 
 impl Executor {
@@ -64,6 +71,15 @@ impl Executor {
                 threads.start(priority, read);
                 Ok(())
             }
+            #[cfg(test)]
+            Self::Short { bytes, at_most, finished } => {
+                let Read { key, offset, mut buf, from } = read;
+                let rest = &bytes[bytes.len().min(usize::try_from(offset).unwrap())..];
+                let n = rest.len().min(*at_most).min(buf.len() - from);
+                buf[from..from + n].copy_from_slice(&rest[..n]);
+                finished.push(Finished { key, result: Ok(n), buf });
+                Ok(())
+            }
         }
     }
 
@@ -82,6 +98,8 @@ impl Executor {
                 finished.push(Finished { key, result, buf });
             }),
             Self::Threads(threads) => threads.drain(finished),
+            #[cfg(test)]
+            Self::Short { finished: ended, .. } => finished.append(ended),
         }
     }
 

@@ -155,3 +155,33 @@ impl Drop for ThreadClient {
         lock(&self.threads.shared.queue).reads.retain(|key, _| key.0 != id);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_takes_its_waiting_reads_along() {
+        let queue = Mutex::new(Queue { reads: ReadQueue::new(), closed: false });
+        let file = File::open("/proc/self/exe").unwrap();
+        // No threads, so that reads wait.
+        let shared = Arc::new(Shared { file, queue, work: Condvar::new() });
+        let threads = Arc::new(ReadThreads { shared, clients: AtomicU64::new(0) });
+        let bell = Arc::new(Doorbell::new().unwrap());
+        let clients = [threads.client(Arc::clone(&bell)), threads.client(bell)];
+        for key in 0..2 {
+            for client in &clients {
+                let read = Read { key, offset: 0, buf: vec![0; 1], from: 0 };
+                client.start(Priority::Fill, read);
+            }
+        }
+        let [first, second] = clients;
+        second.promote(1, Priority::Demand);
+        drop(first);
+        let mut queue = lock(&threads.shared.queue);
+        let left: Vec<_> = std::iter::from_fn(|| queue.reads.pop())
+            .map(|(key, priority, _)| (key, priority))
+            .collect();
+        assert_eq!(left, [((1, 1), Priority::Demand), ((1, 0), Priority::Fill)]);
+    }
+}

@@ -1,5 +1,7 @@
 //! The sources for tests: they must be right before they test others.
 
+#![allow(clippy::unwrap_used, reason = "a test that fails may panic")]
+
 mod common;
 
 use std::sync::Arc;

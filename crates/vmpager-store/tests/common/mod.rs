@@ -54,6 +54,15 @@ pub(crate) fn pages(first: u64, count: u64) -> ByteRange {
     ByteRange::new(first * PAGE, count * PAGE)
 }
 
+pub(crate) fn index(n: u64) -> usize {
+    usize::try_from(n).unwrap()
+}
+
+/// Where a range lies in the bytes of the whole file.
+pub(crate) fn span(range: ByteRange) -> std::ops::Range<usize> {
+    index(range.start)..index(range.end())
+}
+
 pub(crate) fn request(id: u64, range: ByteRange, priority: Priority) -> ReadRequest {
     ReadRequest { id: ReadId(id), range, priority }
 }
