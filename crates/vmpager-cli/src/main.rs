@@ -1,2 +1,105 @@
-//! p
-fn main(){}
+//! The program `vmpager`: one command per module.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod demo;
+mod doctor;
+mod output;
+mod restore;
+mod scratch;
+mod serve;
+mod size;
+mod vm_process;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// Guest memory on demand: a VM restored from a snapshot starts at once, and
+/// each page arrives when it is first touched or, better, just before.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmpager",
+    version,
+    after_help = "Start with:\n  \
+    vmpager demo       the main job, end to end, on this machine\n  \
+    vmpager doctor     what this machine can do for it\n\n\
+    Logs go to stderr; VMPAGER_LOG=debug shows more of them.\n\
+    Exit status: 0 done, 1 failed, 2 wrong usage."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the main job end to end: make a VM, snapshot it, restore it in
+    /// every way, check every byte.
+    Demo(demo::DemoArgs),
+    /// Tell what this kernel, user and machine can do for vmpager.
+    Doctor(doctor::DoctorArgs),
+    /// Serve VMs' memory from a file, in place of Firecracker's example
+    /// page-fault handler.
+    Serve(serve::ServeArgs),
+    /// Measure, side by side with the floor or a peer.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// A VM in a process of its own, for `demo` and `bench restore`.
+    #[command(hide = true)]
+    VmProcess(vm_process::VmProcessArgs),
+    /// The handler `bench restore` compares with.
+    #[command(hide = true)]
+    NaiveHandler(restore::naive::NaiveArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log();
+    let result = match &cli.command {
+        Command::Demo(args) => demo::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Bench(command) => bench::run(command),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "vmpager", &mut script);
+            output::write(&script)
+        }
+        Command::VmProcess(args) => vm_process::run(args),
+        Command::NaiveHandler(args) => restore::naive::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whoever read our output has seen enough (`vmpager doctor | head`).
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("VMPAGER_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(output::colour(&io::stderr()))
+        .with_target(false)
+        .init();
+}

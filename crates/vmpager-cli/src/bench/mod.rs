@@ -1,0 +1,37 @@
+//! `vmpager bench`: measurements, side by side with the floor or a peer in one
+//! run.
+
+mod fault;
+mod restore;
+
+use clap::Subcommand;
+
+/// What to measure.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// One 4 KiB fault, and the fill of all memory, against bare loops in the
+    /// same process.
+    Fault(fault::FaultArgs),
+    /// A whole VM restored: eagerly, by mmap, on demand, against a handler
+    /// that answers each fault with one page.
+    Restore(restore::RestoreArgs),
+}
+
+pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
+    match command {
+        BenchCommand::Fault(args) => fault::run(args),
+        BenchCommand::Restore(args) => restore::run(args),
+    }
+}
+
+/// The middle one of some numbers; 0 of none.
+fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
+    let mut numbers: Vec<f64> = numbers.into_iter().collect();
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// Rounded for people and JSON alike.
+fn round(number: f64) -> f64 {
+    (number * 1000.0).round() / 1000.0
+}

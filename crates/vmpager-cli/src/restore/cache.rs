@@ -1,0 +1,73 @@
+//! The page cache, brought into a known state before a run.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use vmpager_sys::file_map::FileMap;
+
+/// What the page cache holds of the memory file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Cache {
+    /// All of it.
+    Warm,
+    /// Nothing.
+    Cold,
+}
+
+impl Cache {
+    /// Its name in tables and JSON.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Warm => "warm",
+            Self::Cold => "cold",
+        }
+    }
+}
+
+/// Brings the page cache into that state, and checks it.
+pub(crate) fn prepare(file: &Path, cache: Cache) -> anyhow::Result<()> {
+    let at = || format!("preparing the page cache of {}", file.display());
+    let mut file = File::open(file).with_context(at)?;
+    let len = file.metadata().with_context(at)?.len();
+    match cache {
+        Cache::Warm => {
+            let mut bytes = vec![0; 2 << 20];
+            file.rewind().with_context(at)?;
+            while file.read(&mut bytes).with_context(at)? > 0 {}
+        }
+        Cache::Cold => {
+            // Dirty pages cannot be dropped.
+            rustix::fs::fsync(&file).with_context(at)?;
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).with_context(at)?;
+        }
+    }
+    let resident = resident_share(&file, len).with_context(at)?;
+    let wrong = match cache {
+        Cache::Warm => resident < 0.99,
+        Cache::Cold => resident > 0.01,
+    };
+    if wrong {
+        let percent = resident * 100.0;
+        bail!("{}: {percent:.0}% of it is in the page cache", at());
+    }
+    Ok(())
+}
+
+/// Which share of the file's pages the page cache holds.
+fn resident_share(file: &File, len: u64) -> std::io::Result<f64> {
+    let map = FileMap::new(file.as_fd(), len)?;
+    let mut resident = 0;
+    let mut start = 0;
+    while start < len {
+        let end = len.min(start + 64 * 4096);
+        resident += u64::from(map.resident_pages(start..end)?.count_ones());
+        start = end;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "files have fewer than 2^53 pages")]
+    let share = resident as f64 / (len / 4096) as f64;
+    Ok(share)
+}

@@ -1,0 +1,159 @@
+//! One restore from start to end: a VM in a fresh process and, if its memory is
+//! served, a pager in another.
+
+mod cache;
+pub(crate) mod naive;
+mod process;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use vmpager_vm::SnapshotPaths;
+
+pub(crate) use self::cache::{Cache, prepare as prepare_cache};
+use self::process::{Running, vmpager};
+use crate::serve::ServeReport;
+use crate::vm_process::{VmOutcome, monotonic_ns};
+
+/// How a VM's memory is restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Mode {
+    /// All of it read before the guest starts.
+    Eager,
+    /// A private mapping of the memory file.
+    Mmap,
+    /// Served by `vmpager serve`.
+    OnDemand,
+    /// Served by `vmpager serve --background-fill`.
+    #[value(name = "on-demand+fill")]
+    OnDemandFill,
+    /// Served by a handler that answers each fault with one page: poll, read,
+    /// UFFDIO_COPY.
+    Naive,
+}
+
+impl Mode {
+    /// Its name in tables and JSON.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Eager => "eager",
+            Self::Mmap => "mmap",
+            Self::OnDemand => "on-demand",
+            Self::OnDemandFill => "on-demand+fill",
+            Self::Naive => "naive",
+        }
+    }
+}
+
+/// What the guest does once restored.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Work {
+    /// Pages to touch; all if `None`.
+    pub(crate) touches: Option<u64>,
+    pub(crate) sequential: bool,
+    pub(crate) seed: u64,
+    /// Compare all memory from the host afterwards.
+    pub(crate) verify: bool,
+    /// Host threads as vCPUs, even where there is KVM.
+    pub(crate) threads: bool,
+}
+
+/// What came of a restore.
+#[derive(Clone, Debug)]
+pub(crate) struct Restored {
+    pub(crate) vm: VmOutcome,
+    /// From the start of the VM's process until all memory was in place.
+    pub(crate) full_ms: Option<f64>,
+    pub(crate) faults: u64,
+    pub(crate) bytes_read: u64,
+    /// The most memory the pager was resident with.
+    pub(crate) pager_rss_bytes: Option<u64>,
+}
+
+/// Restores once.
+pub(crate) fn restore(
+    mode: Mode,
+    snapshot: &SnapshotPaths,
+    scratch: &Path,
+    work: &Work,
+) -> anyhow::Result<Restored> {
+    let socket = scratch.join(format!("{}.sock", mode.name()));
+    let pager = start_pager(mode, snapshot, &socket)?;
+    let by = match mode {
+        Mode::Eager => "eager",
+        Mode::Mmap => "mmap",
+        Mode::OnDemand | Mode::OnDemandFill | Mode::Naive => "pager",
+    };
+    let mut args: Vec<PathBuf> = vec!["vm-process".into(), "--restore".into(), by.into()];
+    args.extend(["--state".into(), snapshot.state.clone()]);
+    args.extend(["--memory".into(), snapshot.memory.clone()]);
+    args.extend(["--socket".into(), socket]);
+    args.extend(["--seed".into(), work.seed.to_string().into()]);
+    args.extend(work.touches.iter().flat_map(|n| ["--touches".into(), n.to_string().into()]));
+    args.extend(work.sequential.then(|| "--sequential".into()));
+    args.extend(work.verify.then(|| "--verify".into()));
+    args.extend(work.threads.then(|| "--cpu=threads".into()));
+    args.push(format!("--started-ns={}", monotonic_ns()).into());
+    let vm = vmpager(&args)?.output().context("the VM's process")?;
+    let vm: VmOutcome = serde_json::from_str(&vm).context("what the VM's process printed")?;
+    outcome(mode, snapshot, vm, pager)
+}
+
+fn start_pager(
+    mode: Mode,
+    snapshot: &SnapshotPaths,
+    socket: &Path,
+) -> anyhow::Result<Option<Running>> {
+    let mut args: Vec<PathBuf> = match mode {
+        Mode::Eager | Mode::Mmap => return Ok(None),
+        Mode::OnDemand => vec!["serve".into(), "--once".into(), "--json".into()],
+        Mode::OnDemandFill => {
+            vec!["serve".into(), "--once".into(), "--json".into(), "--background-fill".into()]
+        }
+        Mode::Naive => vec!["naive-handler".into()],
+    };
+    args.extend(["--socket".into(), socket.into()]);
+    args.extend(["--memory".into(), snapshot.memory.clone()]);
+    let mut pager = vmpager(&args)?;
+    pager.wait_for(socket)?;
+    Ok(Some(pager))
+}
+
+fn outcome(
+    mode: Mode,
+    snapshot: &SnapshotPaths,
+    vm: VmOutcome,
+    pager: Option<Running>,
+) -> anyhow::Result<Restored> {
+    let restored = match pager {
+        None => {
+            let file_bytes = std::fs::metadata(&snapshot.memory)?.len();
+            Restored {
+                full_ms: (mode == Mode::Eager).then_some(vm.restored_ms),
+                faults: vm.faults,
+                bytes_read: if mode == Mode::Eager { file_bytes } else { vm.mapped_bytes },
+                pager_rss_bytes: None,
+                vm,
+            }
+        }
+        Some(pager) if mode == Mode::Naive => {
+            let faults = pager.output().context("the naive handler")?;
+            let faults: u64 = faults.trim().parse().context("the naive handler's count")?;
+            Restored { full_ms: None, faults, bytes_read: faults * 4096, pager_rss_bytes: None, vm }
+        }
+        Some(pager) => {
+            let report = pager.output().context("the pager")?;
+            let report: ServeReport = serde_json::from_str(&report).context("its report")?;
+            let Some(session) = report.sessions.front() else { bail!("it served no session") };
+            Restored {
+                full_ms: session.fill_ms.map(|fill| vm.restored_ms + fill),
+                faults: session.faults,
+                bytes_read: session.bytes_read,
+                pager_rss_bytes: report.peak_rss_bytes,
+                vm,
+            }
+        }
+    };
+    Ok(restored)
+}

@@ -1,0 +1,174 @@
+//! `vmpager serve`: the daemon.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use tracing::{error, info};
+use vmpager::daemon::DaemonEvent;
+use vmpager::{Daemon, DaemonConfig, NeighbourPolicy, ServeOptions, SessionSummary};
+use vmpager_store::RawFile;
+
+use crate::output;
+
+/// Options of `vmpager serve`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = "Example, with Firecracker:\n  \
+    vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --background-fill &\n  \
+    curl --unix-socket /run/fc.sock -X PUT http://localhost/snapshot/load -d '{\n    \
+    \"snapshot_path\": \"/snap/vmstate\", \"resume_vm\": true,\n    \
+    \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/vm/pager.sock\"}}'\n\n\
+    Any number of VMs may connect. The memory file must not change meanwhile.\n\
+    SIGTERM and SIGINT stop it: what is in flight is finished first, and each VM\n\
+    that still misses memory is named.")]
+pub(crate) struct ServeArgs {
+    /// Unix socket to listen on; it exists once VMMs may connect.
+    #[arg(long, value_name = "SOCKET")]
+    socket: PathBuf,
+    /// The memory file of the snapshot.
+    #[arg(long, value_name = "FILE")]
+    memory: PathBuf,
+    /// Bring in all memory while the VM runs, then detach from it.
+    #[arg(long)]
+    background_fill: bool,
+    /// What to bring in beside a page that was touched.
+    #[arg(long, value_enum, default_value_t = Prefetch::Adaptive)]
+    prefetch: Prefetch,
+    /// Threads that serve [default: one per CPU, 4 at most].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: Option<u16>,
+    /// Accept VMs whose regions cover only part of the file.
+    #[arg(long)]
+    partial: bool,
+    /// Seconds a peer may take to send its handshake.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    handshake_timeout: u64,
+    /// Keep this file up to date with the sessions' numbers, as JSON.
+    #[arg(long, value_name = "FILE")]
+    metrics_json: Option<PathBuf>,
+    /// Stop when the first session has ended.
+    #[arg(long)]
+    once: bool,
+    /// Print one JSON object with all sessions when it stops.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What to bring in beside a page that was touched.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Prefetch {
+    /// Nothing.
+    Off,
+    /// A window that doubles with each fault in the same 2 MiB.
+    Adaptive,
+}
+
+impl From<Prefetch> for NeighbourPolicy {
+    fn from(prefetch: Prefetch) -> Self {
+        match prefetch {
+            Prefetch::Off => Self::Off,
+            Prefetch::Adaptive => Self::default(),
+        }
+    }
+}
+
+/// What `--json` prints and `--metrics-json` keeps.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct ServeReport {
+    /// Sessions being served.
+    pub(crate) active: u64,
+    /// Sessions that have ended.
+    pub(crate) ended: u64,
+    /// The most memory this process was resident with so far, in bytes.
+    pub(crate) peak_rss_bytes: Option<u64>,
+    /// The latest sessions that have ended, oldest first.
+    pub(crate) sessions: VecDeque<SessionSummary>,
+}
+
+/// Sessions kept in a report.
+const MAX_SESSIONS: usize = 1000;
+
+/// How much of the memory file the daemon may have in its page tables: the
+/// pages are the page cache's, but count as its resident memory.
+const MAX_MAPPED: u64 = 6 << 20;
+/// Bytes of cold reads in flight, all workers together.
+const MAX_BUFFERED: usize = 4 << 20;
+
+pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    let mut config = DaemonConfig::new(&args.socket, open(args)?);
+    config.options =
+        ServeOptions { background_fill: args.background_fill, neighbours: args.prefetch.into() };
+    config.workers = workers(args);
+    config.partial = args.partial;
+    config.once = args.once;
+    config.handshake_timeout = Duration::from_secs(args.handshake_timeout);
+    let memory_bytes = config.source.len();
+    let workers = config.workers;
+
+    let daemon = Daemon::bind(config)?;
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::low_level::pipe::register(signal, daemon.stopper()?)
+            .context("catching signals")?;
+    }
+    info!(
+        socket = %args.socket.display(),
+        memory = %args.memory.display(),
+        memory_bytes,
+        workers,
+        "listening"
+    );
+    let mut report = ServeReport::default();
+    keep_metrics(args, &report)?;
+    daemon.run(&mut |event| {
+        match event {
+            DaemonEvent::SessionStarted { .. } => report.active += 1,
+            DaemonEvent::SessionEnded(summary) => {
+                report.active = report.active.saturating_sub(1);
+                report.ended += 1;
+                if report.sessions.len() == MAX_SESSIONS {
+                    report.sessions.pop_front();
+                }
+                report.sessions.push_back(summary.clone());
+            }
+        }
+        report.peak_rss_bytes = peak_rss();
+        if let Err(error) = keep_metrics(args, &report) {
+            error!("{error:#}");
+        }
+    })?;
+    if args.json {
+        report.peak_rss_bytes = peak_rss();
+        output::json(&report)?;
+    }
+    Ok(())
+}
+
+/// `VmHWM` of this process.
+fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let field = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = field.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+fn workers(args: &ServeArgs) -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
+    args.workers.map_or(cpus, usize::from)
+}
+
+fn open(args: &ServeArgs) -> anyhow::Result<std::sync::Arc<RawFile>> {
+    let options =
+        RawFile::options().max_mapped(MAX_MAPPED).max_buffered(MAX_BUFFERED / workers(args));
+    Ok(options.open(&args.memory)?)
+}
+
+fn keep_metrics(args: &ServeArgs, report: &ServeReport) -> anyhow::Result<()> {
+    match &args.metrics_json {
+        Some(path) => output::replace_file(path, &serde_json::to_vec_pretty(report)?),
+        None => Ok(()),
+    }
+}
