@@ -93,7 +93,7 @@ impl Peer {
 fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const SO_PEERPIDFD: libc::c_int = 77;
     let mut fd: libc::c_int = -1;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    let mut len: libc::socklen_t = 4; // of an int
     // SAFETY: the option writes one int, for which there is space.
     let result = unsafe {
         libc::getsockopt(

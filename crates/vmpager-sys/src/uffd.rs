@@ -285,7 +285,7 @@ impl Userfaultfd {
         let mut api =
             raw::uffdio_api { api: raw::UFFD_API.into(), features: features.0, ioctls: 0 };
         // SAFETY: UFFDIO_API reads and writes one uffdio_api.
-        let result = unsafe { ioctl::ioctl(&fd, Updater::<API, _>::new(&mut api)) };
+        let result = unsafe { update::<API, _>(&fd, &mut api) };
         result.map_err(|e| OpenError::Features { wanted: features.0, error: e.into() })?;
         Ok(Self { fd, features })
     }
@@ -338,7 +338,7 @@ impl Userfaultfd {
         };
         // SAFETY: UFFDIO_REGISTER reads and writes one uffdio_register; that
         // the range may fill up by itself is promised by GuestRange.
-        let result = unsafe { ioctl::ioctl(&self.fd, Updater::<REGISTER, _>::new(&mut args)) };
+        let result = unsafe { update::<REGISTER, _>(&self.fd, &mut args) };
         Ok(result?)
     }
 
@@ -351,7 +351,7 @@ impl Userfaultfd {
     pub fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = raw::uffdio_range { start, len };
         // SAFETY: UFFDIO_UNREGISTER reads one uffdio_range.
-        let result = unsafe { ioctl::ioctl(&self.fd, Updater::<UNREGISTER, _>::new(&mut range)) };
+        let result = unsafe { update::<UNREGISTER, _>(&self.fd, &mut range) };
         Ok(result?)
     }
 
@@ -373,7 +373,7 @@ impl Userfaultfd {
                 copy: 0,
             };
             // SAFETY: UFFDIO_COPY reads and writes one uffdio_copy.
-            let result = unsafe { ioctl::ioctl(&self.fd, Updater::<COPY, _>::new(&mut args)) };
+            let result = unsafe { update::<COPY, _>(&self.fd, &mut args) };
             (result, args.copy)
         })
     }
@@ -384,7 +384,7 @@ impl Userfaultfd {
             let range = raw::uffdio_range { start: start + done, len: len - done };
             let mut args = raw::uffdio_zeropage { range, mode: 0, zeropage: 0 };
             // SAFETY: UFFDIO_ZEROPAGE reads and writes one uffdio_zeropage.
-            let result = unsafe { ioctl::ioctl(&self.fd, Updater::<ZEROPAGE, _>::new(&mut args)) };
+            let result = unsafe { update::<ZEROPAGE, _>(&self.fd, &mut args) };
             (result, args.zeropage)
         })
     }
@@ -396,7 +396,7 @@ impl Userfaultfd {
             let range = raw::uffdio_range { start: start + done, len: len - done };
             let mut args = raw::uffdio_poison { range, mode: 0, updated: 0 };
             // SAFETY: UFFDIO_POISON reads and writes one uffdio_poison.
-            let result = unsafe { ioctl::ioctl(&self.fd, Updater::<POISON, _>::new(&mut args)) };
+            let result = unsafe { update::<POISON, _>(&self.fd, &mut args) };
             (result, args.updated)
         })
     }
@@ -410,7 +410,7 @@ impl Userfaultfd {
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = raw::uffdio_range { start, len };
         // SAFETY: UFFDIO_WAKE reads one uffdio_range.
-        let result = unsafe { ioctl::ioctl(&self.fd, Updater::<WAKE, _>::new(&mut range)) };
+        let result = unsafe { update::<WAKE, _>(&self.fd, &mut range) };
         Ok(result?)
     }
 
@@ -421,7 +421,7 @@ impl Userfaultfd {
         let range = raw::uffdio_range { start, len };
         let mut args = raw::uffdio_writeprotect { range, mode: 0 };
         // SAFETY: UFFDIO_WRITEPROTECT reads one uffdio_writeprotect.
-        let result = unsafe { ioctl::ioctl(&self.fd, Updater::<WRITEPROTECT, _>::new(&mut args)) };
+        let result = unsafe { update::<WRITEPROTECT, _>(&self.fd, &mut args) };
         result != Err(Errno::SRCH)
     }
 
@@ -460,6 +460,20 @@ fn install(len: u64, mut step: impl FnMut(u64) -> (rustix::io::Result<()>, i64))
         }
     }
     Installed { bytes: done, stop: None }
+}
+
+/// Calls an ioctl that reads, and may write, one `T`; what it wrote is in `args`
+/// even if it failed.
+///
+/// # Safety
+///
+/// `OPCODE` must be an ioctl of userfaultfd with an argument of type `T`.
+unsafe fn update<const OPCODE: Opcode, T>(fd: &OwnedFd, args: &mut T) -> rustix::io::Result<()> {
+    // SAFETY: the caller matches opcode and type.
+    let updater = unsafe { Updater::<OPCODE, T>::new(args) };
+    // SAFETY: as above; none of these ioctls touches other memory of this
+    // process but registered ranges, which may fill up by themselves.
+    unsafe { ioctl::ioctl(fd, updater) }
 }
 
 fn open_by_device() -> io::Result<OwnedFd> {

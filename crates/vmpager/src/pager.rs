@@ -69,7 +69,7 @@ pub struct PagerBuilder {
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// // A snapshot of 16 pages, each filled with its number.
 /// let snapshot: Vec<u8> = (0..16u8).flat_map(|page| [page; 4096]).collect();
-/// let source = Arc::new(MemorySource::new("snapshot", snapshot)?);
+/// let source = Arc::new(MemorySource::new(snapshot));
 ///
 /// let memory = Arc::new(Mapping::anonymous(16 * 4096)?);
 /// let pager = match Pager::builder(source).region(&GuestRange::of_mapping(&memory), 0).start() {

@@ -126,6 +126,7 @@ pub struct Daemon {
     accept_at: Option<Instant>,
     stop: (UnixStream, UnixStream),
     ended_sessions: u64,
+    shutting_down: bool,
 }
 
 /// epoll tokens of what is no connection. A connection has two: `2 * id` for
@@ -181,6 +182,7 @@ impl Daemon {
             accept_at: None,
             stop,
             ended_sessions: 0,
+            shutting_down: false,
         })
     }
 
@@ -399,6 +401,7 @@ impl Daemon {
                         self.probe_at.get_or_insert(Instant::now() + PROBE);
                     }
                 }
+                Event::Stopped if self.shutting_down => {}
                 Event::Stopped => error!("a worker thread has ended"),
             }
         }
@@ -448,6 +451,7 @@ impl Daemon {
     }
 
     fn shut_down(mut self, watcher: &mut dyn FnMut(DaemonEvent<'_>)) {
+        self.shutting_down = true;
         let until = Instant::now() + self.config.stop_timeout;
         for (index, worker) in self.workers.iter().enumerate() {
             // Whoever keeps no copy of the userfaultfd would read zeroes.
