@@ -223,7 +223,7 @@ impl Pager {
         let until = Instant::now() + timeout;
         while ended.is_none() {
             match self.events.recv_deadline(until) {
-                Ok(Event::Ended { reason, numbers, .. }) => *ended = Some((reason, numbers)),
+                Ok(Event::Ended { reason, numbers, .. }) => *ended = Some((reason, *numbers)),
                 Ok(Event::StillAlive(_)) => {}
                 Ok(Event::Stopped) | Err(RecvTimeoutError::Disconnected) => return false,
                 Err(RecvTimeoutError::Timeout) => return false,

@@ -9,6 +9,14 @@ use vmpager_core::{ByteRange, PageReader, PageRun, Priority, ReadId, ReadRequest
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct MemoryId(pub(crate) u64);
 
+/// Somebody who waits for a page: a vCPU or thread whose fault was read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Waiter {
+    pub(crate) page: u64,
+    /// When the fault was read.
+    pub(crate) since: Instant,
+}
+
 /// A read in flight, and what it is for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Read {
@@ -18,10 +26,17 @@ pub(crate) struct Read {
     /// Their bytes in the source.
     pub(crate) range: ByteRange,
     pub(crate) priority: Priority,
-    /// The page somebody waits for, and since when.
-    pub(crate) demanded: Option<(u64, Instant)>,
+    /// Who waits for a page of it, if anybody does yet.
+    pub(crate) waiter: Option<Waiter>,
     /// How often it has failed.
     pub(crate) failures: u32,
+}
+
+impl Read {
+    /// Its waiter, if that waits for a page of `run`.
+    pub(crate) fn waiter_within(&self, run: PageRun) -> Option<Waiter> {
+        self.waiter.filter(|waiter| run.pages().contains(&waiter.page))
+    }
 }
 
 /// How often a read that may succeed later is tried before its page is given
@@ -70,10 +85,10 @@ impl Reads {
     }
 
     /// Somebody waits for a page that is in flight: move its read forward.
-    pub(crate) fn promote(&mut self, memory: MemoryId, page: u64, since: Instant) {
+    pub(crate) fn promote(&mut self, memory: MemoryId, waiter: Waiter) {
         for (id, read) in &mut self.in_flight {
-            if read.memory == memory && read.run.pages().contains(&page) {
-                read.demanded.get_or_insert((page, since));
+            if read.memory == memory && read.run.pages().contains(&waiter.page) {
+                read.waiter.get_or_insert(waiter);
                 self.reader.promote(*id, Priority::Demand);
                 return;
             }

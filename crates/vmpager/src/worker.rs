@@ -41,7 +41,7 @@ pub(crate) enum Command {
 #[derive(Debug)]
 pub(crate) enum Event {
     /// A memory is served no longer.
-    Ended { memory: MemoryId, reason: EndReason, numbers: MemoryNumbers },
+    Ended { memory: MemoryId, reason: EndReason, numbers: Box<MemoryNumbers> },
     /// A memory that was said to be gone is still there.
     StillAlive(MemoryId),
     /// The worker has ended.
@@ -324,7 +324,7 @@ impl Worker {
     fn take_in(&mut self, memory: Served) {
         let id = memory.id();
         if let Err(error) = watch(&self.epoll, memory.events(), id.0) {
-            let numbers = memory.numbers();
+            let numbers = Box::new(memory.numbers());
             let reason = EndReason::Failed(format!("watching the userfaultfd: {error}"));
             self.tell(Event::Ended { memory: id, reason, numbers });
             return;
@@ -363,7 +363,7 @@ impl Worker {
         });
         for (id, left) in put_off {
             if let Some(memory) = memories.get_mut(&id)
-                && let Err(why) = memory.put_off_all([left], reads)
+                && let Err(why) = memory.put_off(left, reads)
             {
                 lost.push((id, why));
             }
@@ -409,14 +409,14 @@ impl Worker {
     fn end_filled(&mut self, id: MemoryId) {
         if let Some(memory) = self.forget(id) {
             memory.detach();
-            let numbers = memory.numbers();
+            let numbers = Box::new(memory.numbers());
             self.tell(Event::Ended { memory: id, reason: EndReason::Filled, numbers });
         }
     }
 
     fn lose(&mut self, id: MemoryId, lost: Lost) {
         if let Some(memory) = self.forget(id) {
-            let numbers = memory.numbers();
+            let numbers = Box::new(memory.numbers());
             let reason = match lost {
                 Lost::PeerGone => EndReason::PeerExited,
                 Lost::Failed(why) => EndReason::Failed(why),
@@ -455,7 +455,7 @@ impl Worker {
         let ids: Vec<MemoryId> = self.memories.keys().copied().collect();
         for id in ids {
             let Some(mut memory) = self.forget(id) else { continue };
-            let numbers = memory.numbers();
+            let numbers = Box::new(memory.numbers());
             let reason = EndReason::Stopped;
             if poison.contains(&id) && !memory.poison_missing() {
                 // Held for ever beats zeroes: the descriptor must stay open.

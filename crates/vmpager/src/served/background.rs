@@ -1,0 +1,163 @@
+//! What goes on while nobody is being answered: finished and failed reads, the
+//! background fill, letting go of the memory.
+
+use tracing::{error, warn};
+use vmpager_core::{FillPlan, PageData, PageRun, Priority, SourceError};
+
+use super::install::Put;
+use super::{Leftover, Lost, Served, address_of, at_hand};
+use crate::reads::{Read, Reads, Waiter};
+
+/// What came of a step of the background fill.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Filled {
+    /// Pages were installed, or are being read.
+    Some,
+    /// Reads in flight must end first.
+    Wait,
+    /// Every page is in place.
+    All,
+}
+
+impl Served {
+    /// A read of a claimed run.
+    pub(super) fn background(
+        &self,
+        run: PageRun,
+        priority: Priority,
+        waiter: Option<Waiter>,
+    ) -> Read {
+        let (_, range) = self.engine.slots().locate(run);
+        Read { memory: self.id, run, range, priority, waiter, failures: 0 }
+    }
+
+    /// A read in the background has ended with these bytes.
+    pub(crate) fn read_done(
+        &mut self,
+        read: Read,
+        data: PageData<'_>,
+        left_over: &mut Vec<Leftover>,
+    ) -> Result<(), Lost> {
+        let (slot, _) = self.engine.slots().slot_of(read.run.first);
+        let shift = slot.page_size.shift();
+        let parts: Vec<PageRun> = self.engine.still_claimed(read.run).collect();
+        let src = address_of(data);
+        let mut installed = 0;
+        for part in &parts {
+            let offset = usize::try_from((part.first - read.run.first) << shift);
+            let end = self.put(*part, Put::Bytes(src + offset.unwrap_or(usize::MAX)))?;
+            installed += end.pages;
+            if let Some((rest, stop)) = end.rest {
+                let waiter = read.waiter_within(rest);
+                left_over.push(Leftover { rest, stop, waiter });
+            }
+        }
+        self.count_installed(read.run, read.waiter, installed);
+        if parts != [read.run] {
+            // Some pages were given back meanwhile; whoever waits for them
+            // asks again, and is told zero.
+            let (hva, len) = self.address(read.run);
+            self.wake(hva, len)?;
+        }
+        if let Some(waiter) = read.waiter {
+            self.counters.stalled(waiter.since);
+        }
+        Ok(())
+    }
+
+    /// A read failed. A single page is tried again or given up; a run is cut
+    /// in two, to find the pages that can be had.
+    pub(crate) fn read_failed(
+        &mut self,
+        read: Read,
+        error: &SourceError,
+        reads: &mut Reads,
+    ) -> Result<(), Lost> {
+        if read.run.count > 1 && !matches!(error, SourceError::Changed { .. }) {
+            let half = read.run.count / 2;
+            for run in [
+                PageRun::new(read.run.first, half),
+                PageRun::new(read.run.first + half, read.run.count - half),
+            ] {
+                reads.submit(self.background(run, read.priority, read.waiter_within(run)));
+            }
+            return Ok(());
+        }
+        if reads.try_again(read, error) {
+            warn!("{error}; trying again");
+            return Ok(());
+        }
+        let (hva, _) = self.address(read.run);
+        error!("{} page(s) at {hva} cannot be had and are poisoned: {error}", read.run.count);
+        self.engine.poisoned(read.run);
+        self.counters.pages_poisoned += read.run.count;
+        self.put_poison(read.run)
+    }
+
+    /// One step of the background fill.
+    pub(crate) fn fill_step(&mut self, reads: &mut Reads) -> Result<Filled, Lost> {
+        if !reads.may_fill() || self.retry.at.is_some() {
+            return Ok(Filled::Wait);
+        }
+        let run = match self.engine.next_fill() {
+            FillPlan::Fetch(run) => run,
+            FillPlan::Wait => return Ok(Filled::Wait),
+            FillPlan::Complete if self.must_hold => return Ok(Filled::Wait),
+            FillPlan::Complete => {
+                self.counters.fill_took = Some(self.counters.started.elapsed());
+                return Ok(Filled::All);
+            }
+        };
+        let (_, range) = self.engine.slots().locate(run);
+        match at_hand(&mut *reads.reader, range) {
+            Ok(Some(data)) => {
+                let src = address_of(data);
+                let end = self.put(run, Put::Bytes(src))?;
+                self.count_installed(run, None, end.pages);
+                if let Some((rest, stop)) = end.rest {
+                    self.put_off(Leftover { rest, stop, waiter: None }, reads)?;
+                }
+            }
+            Ok(None) => reads.submit(self.background(run, Priority::Fill, None)),
+            Err(error) => {
+                let read = self.background(run, Priority::Fill, None);
+                self.read_failed(read, &error, reads)?;
+            }
+        }
+        Ok(Filled::Some)
+    }
+
+    /// Somebody else's faults were served: the next piece should be small.
+    pub(crate) fn others_wait(&mut self) {
+        self.engine.demanded();
+    }
+
+    /// Lets go of the memory, every page of which is in place: no fault, no
+    /// event and no cost from then on.
+    pub(crate) fn detach(&self) {
+        for slot in self.engine.slots().iter() {
+            if let Err(error) = self.uffd.unregister(slot.hva.0, slot.len) {
+                // Closing the descriptor does the same, for all of it.
+                warn!("unregistering {:#x} bytes at {}: {error}", slot.len, slot.hva);
+            }
+        }
+    }
+
+    /// Poisons every page whose bytes are still to come, so that letting go of
+    /// the memory cannot show zeroes for them. False if that failed.
+    pub(crate) fn poison_missing(&mut self) -> bool {
+        // Reads in flight end without effect: their pages are missing too.
+        self.engine.released(PageRun::new(0, self.engine.map().pages()));
+        loop {
+            match self.engine.next_fill() {
+                FillPlan::Fetch(run) => {
+                    self.engine.poisoned(run);
+                    if self.put_poison(run).is_err() {
+                        return false;
+                    }
+                }
+                FillPlan::Wait | FillPlan::Complete => return !self.must_hold,
+            }
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Putting things into pages, and what to do where the kernel will not.
+
+use std::time::{Duration, Instant};
+
+use tracing::{error, warn};
+use vmpager_core::{Hva, PageRun, PageSize, Priority};
+use vmpager_sys::uffd::{Installed, Stop};
+
+use super::{Lost, Served};
+use crate::reads::{Reads, Waiter};
+
+/// What is put into a run of pages.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Put {
+    /// Bytes at an address of this process, for the kernel to read.
+    Bytes(usize),
+    Zeroes,
+    Poison,
+}
+
+/// How far putting came.
+#[derive(Debug)]
+pub(super) struct PutEnd {
+    /// Pages that were absent and have contents now.
+    pub(super) pages: u64,
+    /// What was left out from some page on, and why.
+    pub(super) rest: Option<(PageRun, Stop)>,
+}
+
+/// The pause after the first EAGAIN. The thread that changes the layout needs
+/// to run; a page fault costs about as much.
+const FIRST_RETRY: Duration = Duration::from_micros(20);
+const LAST_RETRY: Duration = Duration::from_millis(5);
+/// The pause while the host has no memory, or refuses for a reason of its own.
+const LONG_RETRY: Duration = Duration::from_millis(100);
+
+/// A run that could not be put.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leftover {
+    pub(super) rest: PageRun,
+    pub(super) stop: Stop,
+    /// Who waits for a page of it.
+    pub(super) waiter: Option<Waiter>,
+}
+
+impl Served {
+    /// Installs a claimed run, a page of which somebody waits for.
+    pub(super) fn install_demanded(
+        &mut self,
+        run: PageRun,
+        src: usize,
+        waiter: Waiter,
+        reads: &mut Reads,
+    ) -> Result<(), Lost> {
+        let end = self.put(run, Put::Bytes(src))?;
+        self.count_installed(run, Some(waiter), end.pages);
+        self.settle(waiter, end, reads)
+    }
+
+    /// Counts `pages` of a run as installed from the source.
+    pub(super) fn count_installed(&mut self, run: PageRun, waiter: Option<Waiter>, pages: u64) {
+        let (slot, _) = self.engine.slots().slot_of(run.first);
+        self.counters.bytes_read += run.count << slot.page_size.shift();
+        match waiter {
+            Some(_) if pages > 0 => {
+                self.counters.pages_demand += 1;
+                self.counters.pages_neighbour += pages - 1;
+            }
+            _ => self.counters.pages_fill += pages,
+        }
+    }
+
+    /// Somebody found a page missing that was installed: see
+    /// [`FaultPlan::Confirm`](vmpager_core::FaultPlan::Confirm).
+    pub(super) fn confirm(&mut self, waiter: Waiter, reads: &mut Reads) -> Result<(), Lost> {
+        self.counters.confirmed += 1;
+        let one = PageRun::new(waiter.page, 1);
+        let (hva, len) = self.address(one);
+        match self.put_once(hva, len, Put::Zeroes).stop {
+            None => {
+                self.engine.replaced_by_zero(waiter.page);
+                self.counters.pages_zero += 1;
+                Ok(())
+            }
+            Some(Stop::Present) => self.wake(hva, len),
+            Some(stop) => self.settle(waiter, PutEnd { pages: 0, rest: Some((one, stop)) }, reads),
+        }
+    }
+
+    /// Puts the same thing into all pages of a run that are absent.
+    pub(super) fn put(&mut self, run: PageRun, what: Put) -> Result<PutEnd, Lost> {
+        let mut pages = 0;
+        let mut left = run;
+        while left.count > 0 {
+            let (slot, _) = self.engine.slots().slot_of(left.first);
+            let shift = slot.page_size.shift();
+            let (hva, len) = self.address(left);
+            let skipped = (left.first - run.first) << shift;
+            let what_left = match what {
+                Put::Bytes(src) => Put::Bytes(src + usize::try_from(skipped).unwrap_or(usize::MAX)),
+                other => other,
+            };
+            let result = self.put_once(hva, len, what_left);
+            let done = PageRun::new(left.first, result.bytes >> shift);
+            if !matches!(what, Put::Poison) {
+                self.engine.installed(done);
+            }
+            pages += done.count;
+            left = PageRun::new(done.end(), left.count - done.count);
+            match result.stop {
+                None => {}
+                Some(Stop::Present) => {
+                    // Another installer won. Its wake may have come before our
+                    // waiter slept: wake once more.
+                    let one = PageRun::new(left.first, 1);
+                    if !matches!(what, Put::Poison) {
+                        self.engine.installed(one);
+                    }
+                    let (hva, len) = self.address(one);
+                    self.wake(hva, len)?;
+                    left = PageRun::new(left.first + 1, left.count - 1);
+                }
+                Some(Stop::Gone) => return Err(Lost::PeerGone),
+                Some(stop) => return Ok(PutEnd { pages, rest: Some((left, stop)) }),
+            }
+        }
+        Ok(PutEnd { pages, rest: None })
+    }
+
+    fn put_once(&self, hva: Hva, len: u64, what: Put) -> Installed {
+        match what {
+            Put::Bytes(src) => self.uffd.copy(hva.0, src, len),
+            Put::Poison => self.uffd.poison(hva.0, len),
+            Put::Zeroes => match self.uffd.zeropage(hva.0, len) {
+                // hugetlb has no zero page to share: copy one.
+                Installed { bytes: 0, stop: Some(Stop::Other(_)) } if len >= HUGE.bytes() => {
+                    self.uffd.copy(hva.0, zero_page_2m().as_ptr() as usize, HUGE.bytes())
+                }
+                result => result,
+            },
+        }
+    }
+
+    /// Records the stall of a waiter whose page is in place, and puts off what
+    /// could not be put.
+    pub(super) fn settle(
+        &mut self,
+        waiter: Waiter,
+        end: PutEnd,
+        reads: &mut Reads,
+    ) -> Result<(), Lost> {
+        match end.rest {
+            Some((rest, stop)) if rest.pages().contains(&waiter.page) => {
+                self.put_off(Leftover { rest, stop, waiter: Some(waiter) }, reads)
+            }
+            Some((rest, stop)) => {
+                self.counters.stalled(waiter.since);
+                self.put_off(Leftover { rest, stop, waiter: None }, reads)
+            }
+            None => {
+                self.counters.stalled(waiter.since);
+                Ok(())
+            }
+        }
+    }
+
+    /// A run could not be put. It is given back and, if somebody waits for a
+    /// page of it, planned again after a pause.
+    pub(crate) fn put_off(&mut self, left: Leftover, reads: &mut Reads) -> Result<(), Lost> {
+        let Leftover { rest, stop, waiter } = left;
+        match stop {
+            Stop::SourceFault => {
+                // The mapping of the source could not be read: the background
+                // read will tell why.
+                let priority = waiter.map_or(Priority::Fill, |_| Priority::Demand);
+                reads.submit(self.background(rest, priority, waiter));
+                return Ok(());
+            }
+            Stop::Unmapped => return self.unmapped(rest),
+            Stop::Changing => {
+                self.read_events()?;
+                self.pause(FIRST_RETRY, LAST_RETRY);
+            }
+            Stop::NoMemory => {
+                if !std::mem::replace(&mut self.complained.no_memory, true) {
+                    error!(
+                        "no memory to install pages into (for hugetlb: the pool is empty, raise \
+                         vm.nr_hugepages); faults are held until there is"
+                    );
+                }
+                self.pause(LONG_RETRY, LONG_RETRY);
+            }
+            Stop::Other(errno) => {
+                if !std::mem::replace(&mut self.complained.refused, true) {
+                    let (hva, len) = self.address(rest);
+                    error!("installing {len:#x} bytes at {hva} was refused: {errno}; held");
+                }
+                self.pause(LONG_RETRY, LONG_RETRY);
+            }
+            Stop::Present | Stop::Gone => {}
+        }
+        self.counters.retried += 1;
+        self.engine.released(rest);
+        self.retry.waiters.extend(waiter);
+        Ok(())
+    }
+
+    /// Sets when put-off pages are tried again: later each time in a row.
+    pub(super) fn pause(&mut self, first: Duration, last: Duration) {
+        self.retry.pause = (self.retry.pause * 2).clamp(first, last);
+        self.retry.at = Some(Instant::now() + self.retry.pause);
+    }
+
+    /// The range is no longer registered or mapped: nobody can be served
+    /// there, and whoever waits must look again.
+    pub(super) fn unmapped(&mut self, run: PageRun) -> Result<(), Lost> {
+        let (hva, len) = self.address(run);
+        if !std::mem::replace(&mut self.complained.unmapped, true) {
+            warn!("{len:#x} bytes at {hva} are not registered (any more); left alone");
+        }
+        self.counters.pages_removed += self.engine.removed(hva, Hva(hva.0 + len));
+        self.wake(hva, len)
+    }
+
+    pub(super) fn wake(&self, hva: Hva, len: u64) -> Result<(), Lost> {
+        self.uffd
+            .wake(hva.0, len)
+            .map_err(|e| Lost::Failed(format!("waking the waiters of {hva}: {e}")))
+    }
+
+    pub(super) fn address(&self, run: PageRun) -> (Hva, u64) {
+        let (hva, range) = self.engine.slots().locate(run);
+        (hva, range.len)
+    }
+
+    /// Poisons a run; where the kernel cannot, the run's waiters are held.
+    pub(super) fn put_poison(&mut self, run: PageRun) -> Result<(), Lost> {
+        let end = self.put(run, Put::Poison)?;
+        match end.rest {
+            None => Ok(()),
+            Some((rest, Stop::Changing)) => {
+                self.read_events()?;
+                self.pause(FIRST_RETRY, LAST_RETRY);
+                let since = Instant::now();
+                self.retry.waiters.extend(rest.pages().map(|page| Waiter { page, since }));
+                Ok(())
+            }
+            Some((rest, Stop::Unmapped)) => self.unmapped(rest),
+            Some((rest, stop)) => {
+                let (hva, _) = self.address(rest);
+                error!("{} page(s) at {hva} cannot be poisoned ({stop:?}): held", rest.count);
+                self.must_hold = true;
+                Ok(())
+            }
+        }
+    }
+}
+
+const HUGE: PageSize = PageSize::Size2M;
+
+/// Two MiB of zeroes for the kernel to read.
+fn zero_page_2m() -> &'static [u8] {
+    static ZEROES: [u8; 1 << HUGE.shift()] = [0; 1 << HUGE.shift()];
+    &ZEROES
+}

@@ -1,0 +1,325 @@
+//! The memory behind one userfaultfd: reads its events and carries out what the
+//! engine plans. Belongs to one worker thread.
+//!
+//! Three rules keep every answer true (the traps they avoid are numbered as in
+//! the tests, `tests/traps.rs`):
+//!
+//! - Of a batch of messages, **removals are applied before any fault is
+//!   served** (1, 3): the kernel delivers pending faults first, whatever came
+//!   first. Serving a fault later than a removal that followed it is harmless,
+//!   the other way round installs bytes the guest gave back.
+//! - **Events are read by no one else**, and never between a plan and its
+//!   install. So a removal the plan did not know of makes the kernel refuse
+//!   the install with EAGAIN; then the events are read, and the page is planned
+//!   anew, a little later, since the removing thread must run first.
+//! - **A fault ends in an install or a wake**, never in a look at the page map
+//!   (2, 4).
+
+mod background;
+mod install;
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use tracing::{error, warn};
+use vmpager_core::page_map::words_for;
+use vmpager_core::prefetch::NeighbourPolicy;
+use vmpager_core::{
+    ByteRange, Engine, FaultPlan, Hva, PageData, PageReader, PageRun, PageSource, Priority,
+    SlotSet, SourceError,
+};
+use vmpager_sys::memory::GuestRange;
+use vmpager_sys::shared::SharedWords;
+use vmpager_sys::uffd::{Message, Messages, Userfaultfd};
+
+pub(crate) use self::background::Filled;
+pub(crate) use self::install::Leftover;
+use self::install::Put;
+use crate::reads::{MemoryId, Reads, Waiter};
+use crate::stats::{Counters, MemoryNumbers};
+
+/// How memory is served.
+#[derive(Clone, Debug, Default)]
+pub struct ServeOptions {
+    /// Bring in all pages, not only those asked for, then let go of the memory.
+    pub background_fill: bool,
+    /// What to install along with a demanded page.
+    pub neighbours: NeighbourPolicy,
+}
+
+/// Why a memory is served no longer.
+#[derive(Debug)]
+pub(crate) enum Lost {
+    /// The process is gone.
+    PeerGone,
+    /// It cannot be served, for this reason.
+    Failed(String),
+}
+
+/// Pages to be planned again later.
+#[derive(Debug, Default)]
+struct Retry {
+    waiters: VecDeque<Waiter>,
+    at: Option<Instant>,
+    pause: Duration,
+}
+
+/// The memory behind one userfaultfd.
+#[derive(Debug)]
+pub(crate) struct Served {
+    id: MemoryId,
+    uffd: Userfaultfd,
+    engine: Engine<SharedWords>,
+    messages: Messages,
+    /// Faults read and not yet served.
+    faults: VecDeque<Hva>,
+    retry: Retry,
+    counters: Counters,
+    fill: bool,
+    /// Userfaultfds of forked children.
+    children: Vec<OwnedFd>,
+    /// This process's own memory, if that is what is served.
+    kept: Vec<GuestRange>,
+    /// Some page is neither in place nor poisoned for good: letting go of the
+    /// memory would let it read as zeroes.
+    must_hold: bool,
+    complained: Complaints,
+}
+
+/// What has been said once and need not be said for every page.
+#[derive(Debug, Default)]
+struct Complaints {
+    unmapped: bool,
+    outside: bool,
+    no_memory: bool,
+    refused: bool,
+}
+
+impl Served {
+    /// Serves `slots` of the process that `uffd` belongs to.
+    ///
+    /// # Errors
+    ///
+    /// If the page map cannot be had.
+    pub(crate) fn new(
+        id: MemoryId,
+        uffd: Userfaultfd,
+        slots: SlotSet,
+        source: &dyn PageSource,
+        options: &ServeOptions,
+    ) -> io::Result<Self> {
+        let words = SharedWords::new("vmpager-page-map", words_for(slots.pages()))?;
+        let mut engine = Engine::new(slots, words, options.neighbours);
+        source.visit_zero_ranges(&mut |range| engine.known_zero(range));
+        Ok(Self {
+            id,
+            uffd,
+            engine,
+            messages: Messages::new(),
+            faults: VecDeque::new(),
+            retry: Retry::default(),
+            counters: Counters::new(),
+            fill: options.background_fill,
+            children: Vec::new(),
+            kept: Vec::new(),
+            must_hold: false,
+            complained: Complaints::default(),
+        })
+    }
+
+    /// Keeps this process's own memory mapped while it is served.
+    pub(crate) fn keeping(mut self, kept: Vec<GuestRange>) -> Self {
+        self.kept = kept;
+        self
+    }
+
+    pub(crate) fn id(&self) -> MemoryId {
+        self.id
+    }
+
+    /// The descriptor that is readable while somebody waits.
+    pub(crate) fn events(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+
+    /// When put-off pages are due.
+    pub(crate) fn retry_at(&self) -> Option<Instant> {
+        self.retry.at
+    }
+
+    /// Whether all of it shall be brought in from the start.
+    pub(crate) fn wants_fill(&self) -> bool {
+        self.fill
+    }
+
+    pub(crate) fn numbers(&self) -> MemoryNumbers {
+        MemoryNumbers {
+            counters: self.counters.clone(),
+            regions: self.engine.slots().iter().count() as u64,
+            memory_bytes: self.engine.slots().bytes(),
+            pages_missing: self.engine.outstanding(),
+        }
+    }
+
+    /// Whether the process still has the memory.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.engine
+            .slots()
+            .iter()
+            .any(|slot| self.uffd.is_alive(slot.hva.0, slot.page_size.bytes()))
+    }
+
+    /// Serves the faults that are pending, and those put off that are due.
+    /// Returns how many.
+    pub(crate) fn serve(&mut self, reads: &mut Reads) -> Result<u64, Lost> {
+        self.read_events()?;
+        let mut served = 0;
+        if !self.faults.is_empty() {
+            let since = Instant::now();
+            while let Some(hva) = self.faults.pop_front() {
+                self.fault(hva, since, reads)?;
+                served += 1;
+            }
+        }
+        if self.retry.at.is_some_and(|at| at <= Instant::now()) {
+            served += self.serve_retries(reads)?;
+        }
+        Ok(served)
+    }
+
+    fn serve_retries(&mut self, reads: &mut Reads) -> Result<u64, Lost> {
+        self.retry.at = None;
+        let due = self.retry.waiters.len() as u64;
+        for _ in 0..due {
+            let Some(waiter) = self.retry.waiters.pop_front() else { break };
+            let plan = self.engine.plan(waiter.page);
+            self.carry_out(plan, waiter.since, reads)?;
+        }
+        if self.retry.waiters.is_empty() && self.retry.at.is_none() {
+            self.retry.pause = Duration::ZERO;
+        }
+        Ok(due)
+    }
+
+    /// Reads one batch: removals are applied at once, faults queued.
+    fn read_events(&mut self) -> Result<(), Lost> {
+        self.uffd
+            .read(&mut self.messages)
+            .map_err(|e| Lost::Failed(format!("reading the userfaultfd: {e}")))?;
+        for message in self.messages.drain() {
+            match message {
+                Message::Fault { address, .. } => {
+                    self.counters.faults += 1;
+                    self.faults.push_back(Hva(address));
+                }
+                Message::Remove { start, end, .. } => {
+                    self.counters.pages_removed += self.engine.removed(Hva(start), Hva(end));
+                }
+                Message::Remap { from, to, len } => {
+                    return Err(Lost::Failed(format!(
+                        "the VMM moved {len:#x} bytes of guest memory from {from:#x} to {to:#x}; \
+                         memory being served must stay where it is (no mremap)"
+                    )));
+                }
+                Message::Fork { child } => {
+                    // Closing it would let the child read zeroes (trap 7).
+                    self.children.push(child);
+                    warn!("the VMM forked; the child's copy of the memory is held, not served");
+                }
+                Message::Unknown(event) => warn!(event, "unknown userfaultfd event"),
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&mut self, hva: Hva, since: Instant, reads: &mut Reads) -> Result<(), Lost> {
+        let Some(plan) = self.engine.fault(hva) else {
+            if !std::mem::replace(&mut self.complained.outside, true) {
+                error!(
+                    "a fault at {hva} is outside every region of the handshake; its thread is held"
+                );
+            }
+            self.must_hold = true;
+            return Ok(());
+        };
+        self.carry_out(plan, since, reads)
+    }
+
+    fn carry_out(
+        &mut self,
+        plan: FaultPlan,
+        since: Instant,
+        reads: &mut Reads,
+    ) -> Result<(), Lost> {
+        match plan {
+            FaultPlan::Fetch { page, run } => self.fetch(run, Waiter { page, since }, reads),
+            FaultPlan::Zero(run) => {
+                let end = self.put(run, Put::Zeroes)?;
+                self.counters.pages_zero += end.pages;
+                self.settle(Waiter { page: run.first, since }, end, reads)
+            }
+            FaultPlan::InFlight(page) => {
+                self.counters.joined += 1;
+                reads.promote(self.id, Waiter { page, since });
+                Ok(())
+            }
+            FaultPlan::Confirm(page) => self.confirm(Waiter { page, since }, reads),
+            FaultPlan::Poisoned(page) => {
+                let end = self.put(PageRun::new(page, 1), Put::Poison)?;
+                self.settle(Waiter { page, since }, end, reads)
+            }
+        }
+    }
+
+    /// Reads a claimed run and installs it: at once if its bytes are at hand,
+    /// else when they are.
+    fn fetch(&mut self, run: PageRun, waiter: Waiter, reads: &mut Reads) -> Result<(), Lost> {
+        let (_, range) = self.engine.slots().locate(run);
+        match at_hand(&mut *reads.reader, range) {
+            Ok(Some(data)) => {
+                let src = address_of(data);
+                return self.install_demanded(run, src, waiter, reads);
+            }
+            Ok(None) if run.count > 1 => {
+                // A cold neighbour must not hold up a warm page.
+                let one = PageRun::new(waiter.page, 1);
+                let (_, range) = self.engine.slots().locate(one);
+                if let Ok(Some(data)) = at_hand(&mut *reads.reader, range) {
+                    let src = address_of(data);
+                    self.engine.released(PageRun::new(run.first, one.first - run.first));
+                    self.engine.released(PageRun::new(one.end(), run.end() - one.end()));
+                    return self.install_demanded(one, src, waiter, reads);
+                }
+            }
+            Ok(None) => {}
+            Err(error) => {
+                let read = self.background(run, Priority::Demand, Some(waiter));
+                return self.read_failed(read, &error, reads);
+            }
+        }
+        reads.submit(self.background(run, Priority::Demand, Some(waiter)));
+        Ok(())
+    }
+}
+
+/// The bytes of a range, if all of them are at hand.
+fn at_hand(
+    reader: &mut dyn PageReader,
+    range: ByteRange,
+) -> Result<Option<PageData<'_>>, SourceError> {
+    let data = reader.try_read(range)?;
+    let whole = |data: &PageData<'_>| data.len() as u64 == range.len;
+    debug_assert!(data.as_ref().is_none_or(whole), "readers return whole ranges");
+    Ok(data.filter(whole))
+}
+
+/// Where the kernel finds the bytes. They stay put until the reader's next
+/// call, which comes after the install.
+fn address_of(data: PageData<'_>) -> usize {
+    match data {
+        PageData::Bytes(bytes) => bytes.as_ptr() as usize,
+        PageData::Mapped { addr, .. } => addr,
+    }
+}
