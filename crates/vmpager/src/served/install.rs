@@ -109,6 +109,10 @@ impl Served {
             left = PageRun::new(done.end(), left.count - done.count);
             match result.stop {
                 None => {}
+                // Ambiguous: see `maybe_present`.
+                Some(Stop::Present) if shift == HUGE.shift() && !matches!(what, Put::Poison) => {
+                    return Ok(PutEnd { pages, rest: Some((left, Stop::Present)) });
+                }
                 Some(Stop::Present) => {
                     // Another installer won. Its wake may have come before our
                     // waiter slept: wake once more.
@@ -197,11 +201,39 @@ impl Served {
                 }
                 self.pause(LONG_RETRY, LONG_RETRY);
             }
-            Stop::Present | Stop::Gone => {}
+            Stop::Present => return self.maybe_present(rest, waiter),
+            Stop::Gone => return Err(Lost::PeerGone),
         }
+        self.give_back(rest, waiter);
+        Ok(())
+    }
+
+    fn give_back(&mut self, rest: PageRun, waiter: Option<Waiter>) {
         self.counters.retried += 1;
         self.engine.released(rest);
         self.retry.waiters.extend(waiter);
+    }
+
+    /// A huge page was refused with EEXIST, by which the kernel also means that
+    /// the pool is empty (seen on 6.18). To take it for present would turn its
+    /// next fault into zeroes. So it stays missing: a waiter is tried for once
+    /// more after a pause, then woken. If the page is in place it goes on, else
+    /// it faults again.
+    fn maybe_present(&mut self, rest: PageRun, waiter: Option<Waiter>) -> Result<(), Lost> {
+        if !std::mem::replace(&mut self.complained.no_memory, true) {
+            error!(
+                "a 2 MiB page cannot be installed: it is present, or the hugetlb pool is empty \
+                 (raise vm.nr_hugepages); its faults are held until it can"
+            );
+        }
+        let tried_again = waiter.is_some_and(|waiter| waiter.since.elapsed() >= LONG_RETRY);
+        if tried_again {
+            let (hva, len) = self.address(rest);
+            self.give_back(rest, None);
+            return self.wake(hva, len);
+        }
+        self.give_back(rest, waiter);
+        self.pause(LONG_RETRY, LONG_RETRY);
         Ok(())
     }
 
