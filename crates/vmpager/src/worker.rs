@@ -65,6 +65,16 @@ impl WorkerHandle {
     }
 }
 
+impl Drop for WorkerHandle {
+    /// Ends a worker that nobody has stopped: one whose owner failed to start.
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.tell(Command::Stop { until: Instant::now(), poison: Vec::new() });
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Makes an eventfd readable. It cannot fail but by overflow, which is as
 /// good.
 pub(crate) fn ring(doorbell: &OwnedFd) {
