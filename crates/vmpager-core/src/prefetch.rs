@@ -8,8 +8,10 @@
 
 use crate::addr::PageRun;
 
-/// Pages per region in which interest is counted: 2 MiB of base pages.
-const REGION_PAGES: u64 = 512;
+/// log2 of the pages per region in which interest is counted: 2 MiB of base
+/// pages.
+const REGION_SHIFT: u8 = 9;
+const REGION_PAGES: u64 = 1 << REGION_SHIFT;
 
 /// Which pages to install along with a demanded one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +47,7 @@ impl Neighbours {
         let (regions, first) = match policy {
             NeighbourPolicy::Off => (0, 0),
             NeighbourPolicy::Adaptive { first_window_shift } => {
-                (pages.div_ceil(REGION_PAGES), first_window_shift)
+                (pages.div_ceil(REGION_PAGES), first_window_shift.min(REGION_SHIFT))
             }
         };
         let regions = usize::try_from(regions).expect("one byte a region fits the address space");
@@ -60,8 +62,8 @@ impl Neighbours {
         }
         let region = usize::try_from(page / REGION_PAGES).unwrap_or(usize::MAX);
         let Some(shift) = self.shifts.get_mut(region) else { return PageRun::new(page, 1) };
-        let size = REGION_PAGES.min(1 << (*shift).min(9));
-        *shift = (*shift + 1).min(9);
+        let size = 1_u64 << *shift;
+        *shift = (*shift + 1).min(REGION_SHIFT);
         let first = (page & !(size - 1)).max(bounds.first);
         let end = ((page | (size - 1)) + 1).min(bounds.end());
         PageRun::new(first, end - first)
@@ -76,8 +78,8 @@ pub struct FillPace {
 }
 
 impl FillPace {
-    /// 64 KiB in base pages: some 20 us of copying.
-    const MIN_SHIFT: u32 = 4;
+    /// 256 KiB in base pages: some 70 us of copying.
+    const MIN_SHIFT: u32 = 6;
     /// 2 MiB in base pages: larger pieces copy no faster.
     const MAX_SHIFT: u32 = 9;
 

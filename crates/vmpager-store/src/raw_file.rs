@@ -136,7 +136,8 @@ impl RawFileOptions {
 /// through a shared mapping of their own may go unnoticed for longer.
 ///
 /// Per reader: 1.5 times [`max_buffered`](RawFileOptions::max_buffered) plus
-/// 1 MiB of read buffers and 256 KiB to copy into, at most. Per file: 8 bytes
+/// 1 MiB of read buffers, 256 KiB to copy into and 32 KiB of what is known of
+/// the page cache, at most. Per file: 8 bytes
 /// a hole, 4 MiB at most (more holes are taken for data).
 #[derive(Debug)]
 pub struct RawFile {

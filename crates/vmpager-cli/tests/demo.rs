@@ -1,0 +1,128 @@
+//! `vmpager demo` and the benchmarks, small, by their JSON.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+const VMPAGER: &str = env!("CARGO_BIN_EXE_vmpager");
+
+/// The JSON a command printed; `None`, with a line that says so, if this host
+/// has no userfaultfd that sees the kernel's own accesses.
+fn json(args: &[&str]) -> Option<Value> {
+    if !vmpager_sys::probe::host().userfaultfd.kernel_mode() {
+        println!("skipped: no userfaultfd for kernel-mode faults");
+        return None;
+    }
+    let output = Command::new(VMPAGER).args(args).stdin(Stdio::null()).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
+
+fn check_demo(report: &Value, vm: &str) {
+    assert_eq!(report["vm"], vm);
+    assert_eq!(report["memory_bytes"], 32 << 20);
+    assert_eq!(report["mismatches"], 0);
+    // Guest and host, four times, nearly all of 8192 pages each.
+    assert!(report["pages_verified"].as_u64().unwrap() > 8 * 8000);
+    let runs = report["runs"].as_array().unwrap();
+    let modes: Vec<&str> = runs.iter().map(|run| run["mode"].as_str().unwrap()).collect();
+    assert_eq!(modes, ["eager", "mmap", "on-demand", "on-demand+fill"]);
+    for run in runs {
+        let number = |key: &str| run[key].as_f64().unwrap_or_else(|| panic!("{key} in {run}"));
+        assert!(number("first_instruction_ms") > 0.0);
+        assert!(number("workload_ms") > number("first_instruction_ms"));
+        assert!(number("p50_us") <= number("p99_us") && number("p99_us") <= number("max_us"));
+    }
+    let faults = |run: usize| runs[run]["faults"].as_u64().unwrap();
+    assert!(faults(2) > 0, "the pager served no fault");
+    assert!(runs[3]["full_ms"].as_f64().unwrap() > 0.0);
+    // Holes of the file, a third of it, are not read.
+    assert!(runs[2]["bytes_read"].as_u64().unwrap() < (32 << 20) * 8 / 10);
+}
+
+#[test]
+fn demo_on_host_threads_finds_every_page_right() {
+    let Some(report) = json(&["demo", "--memory", "32M", "--cpu", "threads", "--json"]) else {
+        return;
+    };
+    check_demo(&report, "threads");
+}
+
+#[test]
+fn demo_on_kvm_finds_every_page_right() {
+    if let Err(error) = vmpager_kvm::probe::kvm() {
+        println!("skipped: no /dev/kvm ({error})");
+        return;
+    }
+    let Some(report) = json(&["demo", "--memory", "32M", "--cpu", "kvm", "--json"]) else { return };
+    check_demo(&report, "kvm");
+}
+
+#[test]
+fn demo_tells_a_person_what_it_does() {
+    if !vmpager_sys::probe::host().userfaultfd.kernel_mode() {
+        println!("skipped: no userfaultfd for kernel-mode faults");
+        return;
+    }
+    let output = Command::new(VMPAGER).args(["demo", "--memory", "16M"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for word in ["userfaultfd", "vCPU", "snapshot", "on-demand+fill", " 0 mismatches"] {
+        assert!(text.contains(word), "{text:?} does not say {word:?}");
+    }
+    assert!(output.stderr.is_empty(), "no progress in a pipe");
+}
+
+#[test]
+fn bench_fault_has_the_keys_it_promises() {
+    let args = ["bench", "fault", "--memory", "4M", "--fill", "8M", "--rounds", "1", "--json"];
+    let Some(report) = json(&args) else { return };
+    let threads = report["threads"].as_array().unwrap();
+    let n: Vec<u64> = threads.iter().map(|row| row["n"].as_u64().unwrap()).collect();
+    assert_eq!(n, [1, 2, 4, 8]);
+    for key in [
+        "floor_p50_us",
+        "vmpager_p50_us",
+        "p50_ratio",
+        "floor_kfaults_s",
+        "vmpager_kfaults_s",
+        "rate_ratio",
+    ] {
+        assert!(threads.iter().all(|row| row[key].as_f64().unwrap() > 0.0), "{key}");
+    }
+    for key in ["copy_2m_ms", "vmpager_ms", "ratio", "max_touch_us"] {
+        assert!(report["fill"][key].as_f64().unwrap() > 0.0, "{key}");
+    }
+}
+
+#[test]
+fn bench_restore_compares_with_mmap_and_the_naive_handler() {
+    let args = [
+        "bench",
+        "restore",
+        "--memory",
+        "16M",
+        "--touches",
+        "1000",
+        "--rounds",
+        "1",
+        "--cache",
+        "warm",
+        "--json",
+    ];
+    let Some(report) = json(&args) else { return };
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 5);
+    for row in rows {
+        assert_eq!(row["cache"], "warm");
+        assert!(row["ratio_mmap"].as_f64().unwrap() > 0.0);
+        assert!(row["ratio_naive"].as_f64().unwrap() > 0.0);
+    }
+    let faults = |mode: &str| {
+        let row = rows.iter().find(|row| row["mode"] == mode).unwrap();
+        row["faults"].as_f64().unwrap()
+    };
+    assert!(faults("on-demand") < faults("naive") / 2.0, "prefetch saved no faults");
+}
