@@ -11,7 +11,7 @@ const VMPAGER: &str = env!("CARGO_BIN_EXE_vmpager");
 /// has no userfaultfd that sees the kernel's own accesses.
 fn json(args: &[&str]) -> Option<Value> {
     if !vmpager_sys::probe::host().userfaultfd.kernel_mode() {
-        println!("skipped: no userfaultfd for kernel-mode faults");
+        vmpager_testing::skipped("no userfaultfd for kernel-mode faults");
         return None;
     }
     let output = Command::new(VMPAGER).args(args).stdin(Stdio::null()).output().unwrap();
@@ -53,7 +53,7 @@ fn demo_on_host_threads_finds_every_page_right() {
 #[test]
 fn demo_on_kvm_finds_every_page_right() {
     if let Err(error) = vmpager_kvm::probe::kvm() {
-        println!("skipped: no /dev/kvm ({error})");
+        vmpager_testing::skipped(&format!("no /dev/kvm ({error})"));
         return;
     }
     let Some(report) = json(&["demo", "--memory", "32M", "--cpu", "kvm", "--json"]) else { return };
@@ -63,7 +63,7 @@ fn demo_on_kvm_finds_every_page_right() {
 #[test]
 fn demo_tells_a_person_what_it_does() {
     if !vmpager_sys::probe::host().userfaultfd.kernel_mode() {
-        println!("skipped: no userfaultfd for kernel-mode faults");
+        vmpager_testing::skipped("no userfaultfd for kernel-mode faults");
         return;
     }
     let output = Command::new(VMPAGER).args(["demo", "--memory", "16M"]).output().unwrap();

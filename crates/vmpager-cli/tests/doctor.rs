@@ -101,7 +101,7 @@ fn json_is_one_object_with_every_id() {
     assert_eq!(report["kernel"], release.trim());
     let kvm_here = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
     if !kvm_here {
-        println!("skipped: no /dev/kvm");
+        vmpager_testing::skipped("no /dev/kvm");
     }
     assert_eq!(check(&report, "kvm.device")["state"] == "ok", kvm_here);
 }
@@ -139,7 +139,7 @@ fn a_user_without_privileges_is_told_what_to_ask_for() {
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--"];
     let allowed = Command::new("setpriv").args(nobody).arg(&copy).arg("--version").output();
     if !allowed.is_ok_and(|output| output.status.success()) {
-        println!("skipped: setpriv cannot change the user here");
+        vmpager_testing::skipped("setpriv cannot change the user here");
         return;
     }
     let output = Command::new("setpriv")
@@ -159,7 +159,7 @@ fn a_user_without_privileges_is_told_what_to_ask_for() {
             let remedy = check["remedy"].as_str().unwrap();
             assert!(remedy.contains(&format!("setfacl -m u:$USER:rw {path}")), "{check}");
         } else {
-            println!("skipped: {path} is not closed to others");
+            vmpager_testing::skipped(&format!("{path} is not closed to others"));
         }
     }
     let sysctl = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();

@@ -356,7 +356,7 @@ mod tests {
                 assert!(report.max_vcpus > 0 && report.recommended_vcpus > 0, "{report:?}");
                 assert!(report.vendor.is_some(), "{report:?}");
             }
-            Err(error) => println!("skipped: {error}"),
+            Err(error) => vmpager_testing::skipped(&format!("{error}")),
         }
     }
 

@@ -225,7 +225,7 @@ mod tests {
         match Executor::ring(from.into(), DEPTH, &bell) {
             Ok(executor) => Some((Background::new(executor, bell, max_bytes), to.into())),
             Err(error) => {
-                println!("skipped: no io_uring ({error})");
+                vmpager_testing::skipped(&format!("no io_uring ({error})"));
                 None
             }
         }

@@ -20,7 +20,7 @@ fn reader(options: RawFileOptions, path: &Path) -> Option<Box<dyn PageReader>> {
     match options.open(path).unwrap().open_reader() {
         Ok(reader) => Some(reader),
         Err(error) => {
-            println!("skipped: no io_uring ({error})");
+            vmpager_testing::skipped(&format!("no io_uring ({error})"));
             None
         }
     }
@@ -111,7 +111,7 @@ fn what_is_at_hand_depends_on_the_page_cache() {
 #[test]
 fn files_in_memory_are_always_at_hand() {
     let Ok(mut file) = tempfile::NamedTempFile::new_in("/dev/shm") else {
-        println!("skipped: no /dev/shm");
+        vmpager_testing::skipped("no /dev/shm");
         return;
     };
     std::io::Write::write_all(&mut file, &numbered(64)).unwrap();
@@ -134,7 +134,7 @@ fn holes_are_found_once_and_read_as_zeroes() {
     let mut holes = Vec::new();
     source.visit_zero_ranges(&mut |range| holes.push(range));
     if holes.is_empty() {
-        println!("skipped: this file system does not report holes");
+        vmpager_testing::skipped("this file system does not report holes");
         return;
     }
     assert_eq!(holes, [pages(4, 96), pages(103, 25), pages(192, 64)]);
@@ -221,7 +221,7 @@ fn unsuitable_files_are_refused_with_their_names() {
 /// Runs on a thread that has given up its privileges, or not at all.
 fn as_nobody(run: impl FnOnce() + Send) {
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: only root can become somebody else");
+        vmpager_testing::skipped("only root can become somebody else");
         return;
     }
     std::thread::scope(|scope| {

@@ -106,7 +106,7 @@ fn dropping_readers_with_reads_in_flight() {
         for round in 0..20_u64 {
             let source = RawFile::options().backend(backend).open(file.path()).unwrap();
             let Ok(mut reader) = source.open_reader() else {
-                println!("skipped: no io_uring");
+                vmpager_testing::skipped("no io_uring");
                 break;
             };
             evict(file.as_file());

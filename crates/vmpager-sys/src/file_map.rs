@@ -217,7 +217,7 @@ mod tests {
         assert!(map.resident(0..200 * PAGE).unwrap(), "just written");
         rustix::fs::fadvise(&file, 0, None, FileAdvice::DontNeed).unwrap();
         if map.resident(0..PAGE).unwrap() {
-            println!("skipped: this file system keeps its pages cached");
+            vmpager_testing::skipped("this file system keeps its pages cached");
             return;
         }
         rustix::fs::fadvise(&file, 0, None, FileAdvice::Random).unwrap();

@@ -279,7 +279,7 @@ mod tests {
         match ReadRing::new(file.into(), depth, None::<OwnedFd>) {
             Ok(ring) => Some(ring),
             Err(error) => {
-                println!("skipped: no io_uring ({error})");
+                vmpager_testing::skipped(&format!("no io_uring ({error})"));
                 None
             }
         }
@@ -367,7 +367,7 @@ mod tests {
         let bell = rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let (from, to) = rustix::pipe::pipe().unwrap();
         let Ok(mut ring) = ReadRing::new(from, 4, Some(&bell)) else {
-            println!("skipped: no io_uring");
+            vmpager_testing::skipped("no io_uring");
             return;
         };
         let at_once = RingRead { offset: u64::MAX, ..read(5, 0) };

@@ -86,7 +86,7 @@ fn can_open_userfaultfd() -> bool {
     match Userfaultfd::open(Features::EVENT_REMOVE) {
         Ok(_) => true,
         Err(error) => {
-            println!("skipped: {error}");
+            vmpager_testing::skipped(&format!("{error}"));
             false
         }
     }
@@ -137,7 +137,7 @@ fn huge_pages_are_announced_as_such() {
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
         .map_or(0, |text| text.trim().parse::<u64>().unwrap());
     if free < MEMORY >> 21 {
-        println!("skipped: {free} free hugetlb pages of 2 MiB");
+        vmpager_testing::skipped(&format!("{free} free hugetlb pages of 2 MiB"));
         return;
     }
     for cpu in cpus() {

@@ -48,7 +48,9 @@ pub(crate) fn run(args: &NaiveArgs) -> anyhow::Result<()> {
         inbox.push(&bytes[..count])?;
     };
     let uffd = Userfaultfd::adopt(fds.pop().context("a descriptor")?)?;
-    output::line(&serve(&uffd, &slots, &map, &pidfd)?.to_string())
+    let faults = serve(&uffd, &slots, &map, &pidfd)?;
+    std::fs::remove_file(&args.socket).context("removing the socket")?;
+    output::line(&faults.to_string())
 }
 
 fn serve(

@@ -15,7 +15,7 @@ pub(crate) fn cpus() -> Vec<Cpu> {
     match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         Ok(_) => vec![Cpu::Kvm, Cpu::Threads],
         Err(error) => {
-            println!("skipped: no /dev/kvm ({error})");
+            vmpager_testing::skipped(&format!("no /dev/kvm ({error})"));
             vec![Cpu::Threads]
         }
     }
