@@ -183,8 +183,9 @@ impl<W: Words> PageMap<W> {
             let here = (offset + 1).min(page - floor);
             let claimed = self.claim_in_word(last / 32, |free| {
                 let taken = !(free << (62 - 2 * offset)) & EVEN;
-                // Only even bits can be set: bit 63 never is.
-                let run = u64::from((taken.leading_zeros() - 1) / 2).min(here);
+                // Only even bits can be set: a taken field at the top has one
+                // leading zero, and no taken field at all leaves 64.
+                let run = u64::from(taken.leading_zeros() / 2).min(here);
                 fields(offset + 1 - run, run)
             });
             page -= claimed;
@@ -241,7 +242,7 @@ impl<W: Words> PageMap<W> {
             let mut seen = content.load(Ordering::Acquire);
             loop {
                 let claimed = seen & !(seen >> 1) & EVEN & mask & absent;
-                let new = seen & !(claimed * 0b11) | claimed * to.bits();
+                let new = seen & !(claimed * 0b11) | (claimed * to.bits());
                 match content.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire)
                 {
                     Ok(_) => {
@@ -274,7 +275,7 @@ impl<W: Words> PageMap<W> {
         // Content first: who sees the page absent must not see `Source`.
         for (word, mask) in content_masks(run) {
             let content = self.content_word(word);
-            let zeroed = |seen: u64| seen & !(mask * 0b11) | mask * Content::Zero.bits();
+            let zeroed = |seen: u64| seen & !(mask * 0b11) | (mask * Content::Zero.bits());
             let mut seen = content.load(Ordering::Acquire);
             while let Err(now) = content.compare_exchange_weak(
                 seen,

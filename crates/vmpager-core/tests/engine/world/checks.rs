@@ -1,0 +1,98 @@
+//! What the engine should have decided, and should know.
+
+use vmpager_core::prefetch::NeighbourPolicy;
+use vmpager_core::{Content, FillPlan, PageRun, PageSize};
+
+use super::{Memory, Page, World, at};
+use crate::world::Outcome;
+
+impl World {
+    /// Where the neighbours of a fault may lie; counts the fault.
+    pub(super) fn window(&mut self, page: u64) -> PageRun {
+        let p = self.pages[at(page)];
+        if p.size == PageSize::Size2M || self.policy == NeighbourPolicy::Off {
+            return PageRun::new(page, 1);
+        }
+        let shift = &mut self.windows[at(page / 512)];
+        let size = 1 << *shift;
+        *shift = (*shift + 1).min(9);
+        let first = (page / size * size).max(p.slot.first);
+        let end = ((page / size + 1) * size).min(p.slot.end());
+        PageRun::new(first, end - first)
+    }
+
+    /// A fetch takes the free pages around the demanded one, all those in the
+    /// window that touch it.
+    pub(super) fn check_neighbours(&mut self, page: u64, run: PageRun) {
+        let window = self.window(page);
+        let free = |&i: &u64| {
+            let p = &self.pages[at(i)];
+            !p.present && p.content == Content::Source
+        };
+        let down = (window.first..page).rev().take_while(free).count() as u64;
+        let up = (page..window.end()).take_while(free).count() as u64;
+        assert_eq!(run, PageRun::new(page - down, down + up), "page {page} in {window:?}");
+    }
+
+    pub(super) fn outstanding(&self) -> u64 {
+        let due = |p: &&Page| !p.present && matches!(p.content, Content::Source | Content::Claimed);
+        self.pages.iter().filter(due).count() as u64
+    }
+
+    /// Compares all the engine knows with what it ought to know.
+    pub(crate) fn check(&self) {
+        let map = self.engine.map();
+        assert_eq!(self.engine.outstanding(), self.outstanding());
+        for (i, p) in (0..).zip(&self.pages) {
+            assert_eq!((map.is_present(i), map.content(i)), (p.present, p.content), "page {i}");
+        }
+        for page in &self.waiting {
+            let heard = self.messages.contains(page)
+                || self.postponed.contains(page)
+                || self.reads.iter().any(|run| run.pages().contains(page));
+            assert!(heard, "nobody will wake who waits for page {page}");
+        }
+    }
+
+    /// Lets everything come to rest, and checks that nobody waits and nothing
+    /// is missing.
+    pub(crate) fn run_out(&mut self) {
+        for _ in 0..10 * self.pages.len() + 1000 {
+            self.deliver_event();
+            self.let_go();
+            self.zap();
+            self.deliver_faults();
+            if !self.reads.is_empty() {
+                self.end_read(0, Outcome::Install);
+            }
+            let filled = self.fill() == FillPlan::Complete;
+            self.check();
+            if filled && self.is_quiet() {
+                return self.check_at_rest();
+            }
+        }
+        panic!("no end: {:?} wait, {:?} in flight", self.waiting, self.reads);
+    }
+
+    /// Nothing is under way. (The fill may be complete before that: a read
+    /// whose pages were all given back is still in flight then.)
+    fn is_quiet(&self) -> bool {
+        let removals = self.unread.len() + self.stopped.len() + self.zapping.len();
+        let faults = self.waiting.len() + self.messages.len() + self.postponed.len();
+        removals + faults + self.reads.len() == 0
+    }
+
+    fn check_at_rest(&mut self) {
+        for page in 0..self.pages.len() as u64 {
+            let p = self.pages[at(page)];
+            let sound = match p.content {
+                Content::Claimed => p.present && p.memory != Memory::Absent || p.must_be_zero,
+                Content::Zero => p.must_be_zero,
+                Content::Poisoned => true,
+                Content::Source => false,
+            };
+            assert!(sound, "page {page}: {p:?}");
+            self.touch(page);
+        }
+    }
+}
