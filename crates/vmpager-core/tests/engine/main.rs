@@ -106,7 +106,7 @@ fn a_page_lost_silently_becomes_zero() {
 /// A run may be installed in parts: what is done is not asked for again.
 #[test]
 fn installed_parts_are_no_longer_claimed() {
-    let mut world = World::new(&[slot(HVA, 40, 0)], &[], NeighbourPolicy::Off);
+    let mut world = World::new(&[slot(HVA, 16, 0)], &[], NeighbourPolicy::Off);
     let FillPlan::Fetch(run) = world.fill() else { panic!("pages are left") };
     let engine = &mut world.engine;
     engine.installed(PageRun::new(3, 4));
@@ -114,7 +114,7 @@ fn installed_parts_are_no_longer_claimed() {
     engine.released(PageRun::new(15, 1));
     let rest: Vec<_> = engine.still_claimed(run).collect();
     assert_eq!(rest, [PageRun::new(0, 3), PageRun::new(7, 2), PageRun::new(10, 5)]);
-    assert_eq!(engine.outstanding(), 40 - 4 - 1);
+    assert_eq!(engine.outstanding(), 16 - 4 - 1);
 }
 
 #[test]
