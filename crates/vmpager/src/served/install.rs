@@ -91,10 +91,13 @@ impl Served {
     pub(super) fn put(&mut self, run: PageRun, what: Put) -> Result<PutEnd, Lost> {
         let mut pages = 0;
         let mut left = run;
+        // The most pages to try at once.
+        let mut most = run.count;
         while left.count > 0 {
             let (slot, _) = self.engine.slots().slot_of(left.first);
             let shift = slot.page_size.shift();
-            let (hva, len) = self.address(left);
+            let tried = PageRun::new(left.first, left.count.min(most));
+            let (hva, len) = self.address(tried);
             let skipped = (left.first - run.first) << shift;
             let what_left = match what {
                 Put::Bytes(src) => Put::Bytes(src + usize::try_from(skipped).unwrap_or(usize::MAX)),
@@ -108,7 +111,16 @@ impl Served {
             pages += done.count;
             left = PageRun::new(done.end(), left.count - done.count);
             match result.stop {
-                None => {}
+                None => most = most.saturating_mul(2),
+                // One of the pages is not registered, or there are two
+                // mappings: the kernel installs nothing across a border.
+                Some(Stop::Unmapped) if tried.count - done.count > 1 => {
+                    most = (tried.count - done.count) / 2;
+                }
+                Some(Stop::Unmapped) => {
+                    self.unmapped(PageRun::new(left.first, 1))?;
+                    left = PageRun::new(left.first + 1, left.count - 1);
+                }
                 // Ambiguous: see `maybe_present`.
                 Some(Stop::Present) if shift == HUGE.shift() && !matches!(what, Put::Poison) => {
                     return Ok(PutEnd { pages, rest: Some((left, Stop::Present)) });
