@@ -93,6 +93,13 @@ impl Reads {
                 return;
             }
         }
+        for (_, read) in &mut self.paused {
+            if read.memory == memory && read.run.pages().contains(&waiter.page) {
+                read.waiter.get_or_insert(waiter);
+                read.priority = Priority::Demand;
+                return;
+            }
+        }
     }
 
     /// A read failed: whether it will be tried again, and if so when.

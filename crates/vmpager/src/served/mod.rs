@@ -260,17 +260,27 @@ impl Served {
                 self.counters.pages_zero += end.pages;
                 self.settle(Waiter { page: run.first, since }, end, reads)
             }
-            FaultPlan::InFlight(page) => {
-                self.counters.joined += 1;
-                reads.promote(self.id, Waiter { page, since });
-                Ok(())
-            }
+            FaultPlan::InFlight(page) => self.join(Waiter { page, since }, reads),
             FaultPlan::Confirm(page) => self.confirm(Waiter { page, since }, reads),
             FaultPlan::Poisoned(page) => {
                 let end = self.put(PageRun::new(page, 1), Put::Poison)?;
                 self.settle(Waiter { page, since }, end, reads)
             }
         }
+    }
+
+    /// Waits for a read in flight, unless the page itself is at hand: a cold
+    /// page must not hold up the warm ones that are read along with it.
+    fn join(&mut self, waiter: Waiter, reads: &mut Reads) -> Result<(), Lost> {
+        self.counters.joined += 1;
+        let one = PageRun::new(waiter.page, 1);
+        let (_, range) = self.engine.slots().locate(one);
+        if let Ok(Some(data)) = at_hand(&mut *reads.reader, range) {
+            let src = address_of(data);
+            return self.install_demanded(one, src, waiter, reads);
+        }
+        reads.promote(self.id, waiter);
+        Ok(())
     }
 
     /// Reads a claimed run and installs it: at once if its bytes are at hand,
