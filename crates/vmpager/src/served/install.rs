@@ -223,6 +223,10 @@ impl Served {
     fn give_back(&mut self, rest: PageRun, waiter: Option<Waiter>) {
         self.counters.retried += 1;
         self.engine.released(rest);
+        if waiter.is_none() || rest.count > 1 {
+            // More than one may have joined the read.
+            self.retry.wake.push(rest);
+        }
         self.retry.waiters.extend(waiter);
     }
 

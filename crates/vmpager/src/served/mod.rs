@@ -62,6 +62,8 @@ pub(crate) enum Lost {
 #[derive(Debug, Default)]
 struct Retry {
     waiters: VecDeque<Waiter>,
+    /// Pages given back that others may wait for too: woken, they ask again.
+    wake: Vec<PageRun>,
     at: Option<Instant>,
     pause: Duration,
 }
@@ -191,6 +193,10 @@ impl Served {
 
     fn serve_retries(&mut self, reads: &mut Reads) -> Result<u64, Lost> {
         self.retry.at = None;
+        for run in std::mem::take(&mut self.retry.wake) {
+            let (hva, len) = self.address(run);
+            self.wake(hva, len)?;
+        }
         let due = self.retry.waiters.len() as u64;
         for _ in 0..due {
             let Some(waiter) = self.retry.waiters.pop_front() else { break };
