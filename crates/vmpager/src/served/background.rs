@@ -1,12 +1,19 @@
 //! What goes on while nobody is being answered: finished and failed reads, the
 //! background fill, letting go of the memory.
 
+use std::time::{Duration, Instant};
+
 use tracing::{error, warn};
 use vmpager_core::{FillPlan, PageData, PageRun, Priority, SourceError};
+use vmpager_sys::uffd::Stop;
 
-use super::install::Put;
+use super::install::{FIRST_RETRY, Put};
 use super::{Leftover, Lost, Served, address_of, at_hand};
 use crate::reads::{Read, Reads, Waiter};
+
+/// How long missing pages are tried to be poisoned while the layout of the
+/// memory keeps changing.
+const POISON_LIMIT: Duration = Duration::from_secs(2);
 
 /// What came of a step of the background fill.
 #[derive(Debug, PartialEq, Eq)]
@@ -89,9 +96,7 @@ impl Served {
         }
         let (hva, _) = self.address(read.run);
         error!("{} page(s) at {hva} cannot be had and are poisoned: {error}", read.run.count);
-        self.engine.poisoned(read.run);
-        self.counters.pages_poisoned += read.run.count;
-        self.put_poison(read.run)
+        self.put_poison(read.run, read.waiter, reads)
     }
 
     /// One step of the background fill.
@@ -148,15 +153,21 @@ impl Served {
     pub(crate) fn poison_missing(&mut self) -> bool {
         // Reads in flight end without effect: their pages are missing too.
         self.engine.released(PageRun::new(0, self.engine.map().pages()));
+        let until = Instant::now() + POISON_LIMIT;
         loop {
-            match self.engine.next_fill() {
-                FillPlan::Fetch(run) => {
-                    self.engine.poisoned(run);
-                    if self.put_poison(run).is_err() {
+            let FillPlan::Fetch(run) = self.engine.next_fill() else { return !self.must_hold };
+            match self.poison_part(run) {
+                Ok(None) => {}
+                Ok(Some((rest, Stop::Changing))) if Instant::now() < until => {
+                    self.engine.released(rest);
+                    if self.read_events().is_err() {
                         return false;
                     }
+                    // For the thread that removes pages to get on.
+                    std::thread::sleep(FIRST_RETRY);
                 }
-                FillPlan::Wait | FillPlan::Complete => return !self.must_hold,
+                Ok(Some(_)) | Err(Lost::Failed(_)) => return false,
+                Err(Lost::PeerGone) => return true,
             }
         }
     }

@@ -29,7 +29,7 @@ pub(super) struct PutEnd {
 
 /// The pause after the first EAGAIN. The thread that changes the layout needs
 /// to run; a page fault costs about as much.
-const FIRST_RETRY: Duration = Duration::from_micros(20);
+pub(super) const FIRST_RETRY: Duration = Duration::from_micros(20);
 const LAST_RETRY: Duration = Duration::from_millis(5);
 /// The pause while the host has no memory, or refuses for a reason of its own.
 const LONG_RETRY: Duration = Duration::from_millis(100);
@@ -281,26 +281,43 @@ impl Served {
         (hva, range.len)
     }
 
-    /// Poisons a run; where the kernel cannot, the run's waiters are held.
-    pub(super) fn put_poison(&mut self, run: PageRun) -> Result<(), Lost> {
-        let end = self.put(run, Put::Poison)?;
-        match end.rest {
-            None => Ok(()),
-            Some((rest, Stop::Changing)) => {
-                self.read_events()?;
-                self.pause(FIRST_RETRY, LAST_RETRY);
-                let since = Instant::now();
-                self.retry.waiters.extend(rest.pages().map(|page| Waiter { page, since }));
-                Ok(())
-            }
-            Some((rest, Stop::Unmapped)) => self.unmapped(rest),
-            Some((rest, stop)) => {
-                let (hva, _) = self.address(rest);
-                error!("{} page(s) at {hva} cannot be poisoned ({stop:?}): held", rest.count);
-                self.must_hold = true;
-                Ok(())
+    /// Poisons a claimed run, but for the pages given back meanwhile. Pages
+    /// the kernel will not poison are held.
+    pub(super) fn put_poison(
+        &mut self,
+        run: PageRun,
+        waiter: Option<Waiter>,
+        reads: &mut Reads,
+    ) -> Result<(), Lost> {
+        let parts: Vec<PageRun> = self.engine.still_claimed(run).collect();
+        for part in &parts {
+            match self.poison_part(*part)? {
+                None => {}
+                Some((rest, Stop::Changing)) => {
+                    let waiter = waiter.filter(|waiter| rest.pages().contains(&waiter.page));
+                    self.put_off(Leftover { rest, stop: Stop::Changing, waiter }, reads)?;
+                }
+                Some((rest, stop)) => {
+                    let (hva, _) = self.address(rest);
+                    error!("{} page(s) at {hva} cannot be poisoned ({stop:?}): held", rest.count);
+                    self.must_hold = true;
+                }
             }
         }
+        if parts != [run] {
+            let (hva, len) = self.address(run);
+            self.wake(hva, len)?;
+        }
+        Ok(())
+    }
+
+    /// Poisons pages that are all claimed. Returns what is left.
+    pub(super) fn poison_part(&mut self, part: PageRun) -> Result<Option<(PageRun, Stop)>, Lost> {
+        let end = self.put(part, Put::Poison)?;
+        let done = end.rest.map_or(part.count, |(rest, _)| rest.first - part.first);
+        self.engine.poisoned(PageRun::new(part.first, done));
+        self.counters.pages_poisoned += end.pages;
+        Ok(end.rest)
     }
 }
 
