@@ -253,3 +253,28 @@ fn a_released_page_is_not_lost() {
         assert_one_owner(&map, 0..2, &owners);
     });
 }
+
+/// Owners of one page follow each other: each sees all that the one before it
+/// did, even if the word looks as if nothing had happened in between.
+#[test]
+fn owners_follow_each_other() {
+    loom::model(|| {
+        let map = map(1);
+        let turns = Arc::new(AtomicU64::new(0));
+        let owners = [(), ()].map(|()| {
+            let (map, turns) = (Arc::clone(&map), Arc::clone(&turns));
+            thread::spawn(move || {
+                let mine = map.claim_up(0, 1);
+                if mine == 1 {
+                    let before = turns.load(Ordering::Relaxed);
+                    turns.store(before + 1, Ordering::Relaxed);
+                    assert_eq!(map.release(one(0)), 1);
+                }
+                mine
+            })
+        });
+        let expected: u64 = owners.map(|o| o.join().unwrap()).iter().sum();
+        assert_eq!(turns.load(Ordering::Relaxed), expected);
+        assert_eq!(map.content(0), Content::Source);
+    });
+}
