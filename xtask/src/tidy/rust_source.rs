@@ -174,8 +174,11 @@ fn item_len(code: &[u8]) -> usize {
             b'(' | b'[' => others += 1,
             b')' | b']' => others = others.saturating_sub(1),
             b'{' => braces += 1,
-            b'}' if braces <= 1 => return i + 1,
-            b'}' => braces -= 1,
+            // The pattern of a match arm is not the end of it.
+            b'}' if braces <= 1 && !code[i + 1..].trim_ascii_start().starts_with(b"=>") => {
+                return i + 1;
+            }
+            b'}' => braces = braces.saturating_sub(1),
             b';' if braces + others == 0 => return i + 1,
             _ => (),
         }
@@ -233,6 +236,14 @@ mod tests {
             ["fn a", "fn b", "fn c", "use x", "fn d", "fn e"].map(is_test).to_vec();
         assert_eq!(seen, [false, true, false, true, false, false]);
         assert_eq!(source.line(text.find("fn b").unwrap()), 3);
+    }
+
+    #[test]
+    fn a_match_arm_is_an_item() {
+        let text = "match x {\n#[cfg(test)]\nA { a } => { one }\nB { b } => { two }\n}";
+        let source = RustSource::new(text);
+        assert!(source.is_test(text.find("one").unwrap()));
+        assert!(!source.is_test(text.find("two").unwrap()));
     }
 
     #[test]
