@@ -14,7 +14,7 @@ use vmpager_sys::memory::GuestRange;
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 
 use crate::reads::MemoryId;
-use crate::served::{ServeOptions, Served};
+use crate::served::{ServeOptions, Served, page_map_words};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
 use crate::worker::{Command, Event, WorkerConfig, WorkerError, WorkerHandle, doorbell, spawn};
 
@@ -175,6 +175,7 @@ impl PagerBuilder {
             })
             .collect();
         let slots = SlotSet::new(&slots, self.source.len())?;
+        let words = page_map_words(&slots)?;
         let uffd = Userfaultfd::open(Features::EVENT_REMOVE)?;
         let memory = MemoryId(NEXT.fetch_add(1, Ordering::Relaxed));
         let (tell, events) = crossbeam_channel::unbounded();
@@ -193,7 +194,7 @@ impl PagerBuilder {
                 error,
             })?;
         }
-        let served = Served::new(memory, uffd, slots, &*self.source, &self.options)?
+        let served = Served::new(memory, uffd, slots, words, &*self.source, &self.options)
             .keeping(self.regions.into_iter().map(|(range, _, _)| range).collect());
         worker.tell(Command::Serve(Box::new(served)));
         Ok(Pager { worker, events, memory, ended: Default::default(), _doorbell: doorbell })

@@ -7,12 +7,14 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use tracing::warn;
-use vmpager_core::{Slot, SlotSet};
+use vmpager_core::{PageSource, Slot, SlotSet};
 use vmpager_sys::peer::{Peer, fd_kind, holds_userfaultfd, recv_with_fds};
+use vmpager_sys::shared::SharedWords;
 use vmpager_sys::uffd::Userfaultfd;
 
 use crate::handshake::{HandshakeError, Inbox};
 use crate::reads::MemoryId;
+use crate::served::page_map_words;
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
 
 /// What a handshake offers to be served: regions and their userfaultfd.
@@ -66,7 +68,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(socket: UnixStream, deadline: Instant) -> io::Result<Self> {
+    /// A peer that has `timeout` to send its handshake.
+    pub(super) fn new(socket: UnixStream, timeout: Duration) -> io::Result<Self> {
         let peer = Peer::of(&socket)?;
         Ok(Self {
             socket: Some(socket),
@@ -75,8 +78,8 @@ impl Connection {
             fds: Vec::new(),
             regions: None,
             refused: Vec::new(),
-            timeout: deadline.saturating_duration_since(Instant::now()),
-            deadline: Some(deadline),
+            timeout,
+            deadline: Some(Instant::now() + timeout),
             memories: Vec::new(),
             had_session: false,
             seems_gone: false,
@@ -110,10 +113,6 @@ impl Connection {
         &self.memories
     }
 
-    pub(super) fn has_session(&self) -> bool {
-        self.had_session
-    }
-
     pub(super) fn set_seems_gone(&mut self) {
         self.seems_gone = true;
     }
@@ -134,7 +133,7 @@ impl Connection {
         let Some(socket) = &self.socket else { return Ok(Arrival::Nothing) };
         let mut bytes = [0; 16 * 1024];
         let count = match recv_with_fds(socket, &mut bytes, &mut self.fds) {
-            Ok(0) if self.fds.is_empty() => return Ok(Arrival::HangUp),
+            Ok(0) => return Ok(Arrival::HangUp),
             Ok(count) => count,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Arrival::Nothing),
             // The peer died with bytes of ours unread: as good as hanging up.
@@ -153,7 +152,8 @@ impl Connection {
                     warn!(peer_pid = self.peer.pid, kind, "a further descriptor is not used");
                     self.refused.push(extra);
                 }
-                self.deadline = None;
+                let more = self.inbox.is_partial();
+                self.deadline = more.then(|| Instant::now() + self.timeout);
                 return Ok(Arrival::Memory(Offer { slots, uffd }));
             }
         }
@@ -167,17 +167,17 @@ impl Connection {
     pub(super) fn check(
         &mut self,
         offer: Offer,
-        source_len: u64,
-    ) -> Result<(Userfaultfd, SlotSet), String> {
-        let slots = SlotSet::new(&offer.slots, source_len);
-        match slots {
-            Ok(slots) => {
+        source: &dyn PageSource,
+        partial: bool,
+    ) -> Result<(Userfaultfd, SlotSet, SharedWords), String> {
+        match plan(&offer.slots, source, partial || self.had_session) {
+            Ok((slots, words)) => {
                 let uffd = Userfaultfd::adopt(offer.uffd).map_err(|error| error.to_string())?;
-                Ok((uffd, slots))
+                Ok((uffd, slots, words))
             }
-            Err(error) => {
+            Err(problem) => {
                 self.refused.push(offer.uffd);
-                Err(error.to_string())
+                Err(problem)
             }
         }
     }
@@ -207,10 +207,22 @@ impl Connection {
         self.tally.summary(session, self.peer.pid, Some(reason))
     }
 
+    /// Time is up for a handshake: says what is missing.
+    pub(super) fn late(&mut self) -> String {
+        let regions = match self.regions.take() {
+            None => self.inbox.next_message(),
+            regions => Ok(regions),
+        };
+        match regions {
+            Ok(Some(_)) => HandshakeError::NoDescriptor.to_string(),
+            Ok(None) => format!("no complete handshake within {:?}; closed", self.timeout),
+            Err(error) => error.to_string(),
+        }
+    }
+
     /// The peer closed its end. Says what is wrong with that, if something is.
     pub(super) fn hang_up(&mut self) -> Option<String> {
-        self.socket = None;
-        self.deadline = None;
+        self.refuse();
         if self.regions.is_some() {
             return Some(HandshakeError::NoDescriptor.to_string());
         }
@@ -238,4 +250,25 @@ impl Connection {
         let waits_for_exit = !self.refused.is_empty() && self.peer.pidfd.is_some();
         self.socket.is_none() && self.memories.is_empty() && !waits_for_exit
     }
+}
+
+/// The slots of an offer and memory for their page map, if the source can
+/// serve them.
+fn plan(
+    slots: &[Slot],
+    source: &dyn PageSource,
+    partial: bool,
+) -> Result<(SlotSet, SharedWords), String> {
+    let slots = SlotSet::new(slots, source.len()).map_err(|error| error.to_string())?;
+    if slots.bytes() < source.len() && !partial {
+        return Err(format!(
+            "the regions' sizes add up to {:#x} bytes but {} has {:#x}: is it another VM's \
+             memory? (to serve part of a file, allow partial coverage)",
+            slots.bytes(),
+            source.name(),
+            source.len()
+        ));
+    }
+    let words = page_map_words(&slots).map_err(|error| format!("making the page map: {error}"))?;
+    Ok((slots, words))
 }

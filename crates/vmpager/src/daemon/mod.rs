@@ -246,8 +246,8 @@ impl Daemon {
             .map(|(id, _)| *id)
             .collect();
         for id in late {
-            let waited = self.config.handshake_timeout;
-            self.refuse(id, &format!("no complete handshake within {waited:?}; closed"));
+            let problem = self.connections.get_mut(&id).map(Connection::late);
+            self.refuse(id, &problem.unwrap_or_default());
         }
         if self.probe_at.is_some_and(|at| at <= now) {
             self.probe_at = None;
@@ -288,7 +288,7 @@ impl Daemon {
 
     fn welcome(&mut self, socket: UnixStream) -> io::Result<()> {
         let id = self.next_connection;
-        let connection = Connection::new(socket, Instant::now() + self.config.handshake_timeout)?;
+        let connection = Connection::new(socket, self.config.handshake_timeout)?;
         if let Some(socket) = connection.socket() {
             watch(&self.epoll, socket, 2 * id)?;
         }
@@ -335,21 +335,10 @@ impl Daemon {
         let source = &*self.config.source;
         let worker = self.least_busy_worker(id);
         let Some(connection) = self.connections.get_mut(&id) else { return Ok(()) };
-        let (uffd, slots) = connection.check(offer, source.len())?;
-        let short = slots.bytes() < source.len();
-        if short && !self.config.partial && !connection.has_session() {
-            return Err(format!(
-                "the regions' sizes add up to {:#x} bytes but {} has {:#x}: is it another VM's \
-                 memory? (to serve part of a file, allow partial coverage)",
-                slots.bytes(),
-                source.name(),
-                source.len()
-            ));
-        }
+        let (uffd, slots, words) = connection.check(offer, source, self.config.partial)?;
         let memory = MemoryId(self.next_memory);
         let memory_bytes = slots.bytes();
-        let served = Served::new(memory, uffd, slots, source, &self.config.options)
-            .map_err(|error| format!("making the page map: {error}"))?;
+        let served = Served::new(memory, uffd, slots, words, source, &self.config.options);
         self.next_memory += 1;
         self.memories.insert(memory, (id, worker));
         connection.add_memory(memory);

@@ -58,6 +58,15 @@ pub(crate) enum Lost {
     Failed(String),
 }
 
+/// Memory for the page map of slots.
+///
+/// # Errors
+///
+/// If it cannot be had.
+pub(crate) fn page_map_words(slots: &SlotSet) -> io::Result<SharedWords> {
+    SharedWords::new("vmpager-page-map", words_for(slots.pages()))
+}
+
 /// Pages to be planned again later.
 #[derive(Debug, Default)]
 struct Retry {
@@ -100,22 +109,19 @@ struct Complaints {
 }
 
 impl Served {
-    /// Serves `slots` of the process that `uffd` belongs to.
-    ///
-    /// # Errors
-    ///
-    /// If the page map cannot be had.
+    /// Serves `slots` of the process that `uffd` belongs to; their page map
+    /// lies in `words`, which [`page_map_words`] made.
     pub(crate) fn new(
         id: MemoryId,
         uffd: Userfaultfd,
         slots: SlotSet,
+        words: SharedWords,
         source: &dyn PageSource,
         options: &ServeOptions,
-    ) -> io::Result<Self> {
-        let words = SharedWords::new("vmpager-page-map", words_for(slots.pages()))?;
+    ) -> Self {
         let mut engine = Engine::new(slots, words, options.neighbours);
         source.visit_zero_ranges(&mut |range| engine.known_zero(range));
-        Ok(Self {
+        Self {
             id,
             uffd,
             engine,
@@ -128,7 +134,7 @@ impl Served {
             kept: Vec::new(),
             must_hold: false,
             complained: Complaints::default(),
-        })
+        }
     }
 
     /// Keeps this process's own memory mapped while it is served.
