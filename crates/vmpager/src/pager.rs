@@ -224,7 +224,15 @@ impl Pager {
         let until = Instant::now() + timeout;
         while ended.is_none() {
             match self.events.recv_deadline(until) {
-                Ok(Event::Ended { reason, numbers, .. }) => *ended = Some((reason, *numbers)),
+                Ok(Event::Ended { reason, numbers, held, .. }) => {
+                    *ended = Some((reason, *numbers));
+                    if let Some(mut held) = held
+                        && !held.poison_missing()
+                    {
+                        // Held for ever beats zeroes.
+                        std::mem::forget(held);
+                    }
+                }
                 Ok(Event::StillAlive(_)) => {}
                 Ok(Event::Stopped) | Err(RecvTimeoutError::Disconnected) => return false,
                 Err(RecvTimeoutError::Timeout) => return false,

@@ -40,8 +40,14 @@ pub(crate) enum Command {
 /// What a worker tells.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A memory is served no longer.
-    Ended { memory: MemoryId, reason: EndReason, numbers: Box<MemoryNumbers> },
+    /// A memory is served no longer. If serving failed, it is `held`: closing
+    /// its userfaultfd would let what is missing read as zeroes.
+    Ended {
+        memory: MemoryId,
+        reason: EndReason,
+        numbers: Box<MemoryNumbers>,
+        held: Option<Box<Served>>,
+    },
     /// A memory that was said to be gone is still there.
     StillAlive(MemoryId),
     /// The worker has ended.
@@ -336,7 +342,8 @@ impl Worker {
         if let Err(error) = watch(&self.epoll, memory.events(), id.0) {
             let numbers = Box::new(memory.numbers());
             let reason = EndReason::Failed(format!("watching the userfaultfd: {error}"));
-            self.tell(Event::Ended { memory: id, reason, numbers });
+            let held = Some(Box::new(memory));
+            self.tell(Event::Ended { memory: id, reason, numbers, held });
             return;
         }
         if memory.wants_fill() {
@@ -420,18 +427,19 @@ impl Worker {
         if let Some(memory) = self.forget(id) {
             memory.detach();
             let numbers = Box::new(memory.numbers());
-            self.tell(Event::Ended { memory: id, reason: EndReason::Filled, numbers });
+            let reason = EndReason::Filled;
+            self.tell(Event::Ended { memory: id, reason, numbers, held: None });
         }
     }
 
     fn lose(&mut self, id: MemoryId, lost: Lost) {
         if let Some(memory) = self.forget(id) {
             let numbers = Box::new(memory.numbers());
-            let reason = match lost {
-                Lost::PeerGone => EndReason::PeerExited,
-                Lost::Failed(why) => EndReason::Failed(why),
+            let (reason, held) = match lost {
+                Lost::PeerGone => (EndReason::PeerExited, None),
+                Lost::Failed(why) => (EndReason::Failed(why), Some(Box::new(memory))),
             };
-            self.tell(Event::Ended { memory: id, reason, numbers });
+            self.tell(Event::Ended { memory: id, reason, numbers, held });
         }
     }
 
@@ -472,7 +480,7 @@ impl Worker {
                 error!("missing pages cannot be poisoned; their waiters are held");
                 std::mem::forget(memory);
             }
-            self.tell(Event::Ended { memory: id, reason, numbers });
+            self.tell(Event::Ended { memory: id, reason, numbers, held: None });
         }
         self.tell(Event::Stopped);
     }

@@ -14,7 +14,7 @@ use vmpager_sys::uffd::Userfaultfd;
 
 use crate::handshake::{HandshakeError, Inbox};
 use crate::reads::MemoryId;
-use crate::served::page_map_words;
+use crate::served::{Served, page_map_words};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
 
 /// What a handshake offers to be served: regions and their userfaultfd.
@@ -57,6 +57,8 @@ pub(super) struct Connection {
     regions: Option<Vec<Slot>>,
     /// Userfaultfds that are not served, kept so that nobody reads zeroes.
     refused: Vec<OwnedFd>,
+    /// Memories that can be served no longer, kept for the same reason.
+    failed: Vec<Box<Served>>,
     timeout: Duration,
     deadline: Option<Instant>,
     memories: Vec<MemoryId>,
@@ -78,6 +80,7 @@ impl Connection {
             fds: Vec::new(),
             regions: None,
             refused: Vec::new(),
+            failed: Vec::new(),
             timeout,
             deadline: Some(Instant::now() + timeout),
             memories: Vec::new(),
@@ -240,14 +243,21 @@ impl Connection {
         self.refused.retain(|fd| fd_kind(fd.as_fd()) == "anon_inode:[userfaultfd]");
     }
 
+    /// Keeps a memory that can be served no longer.
+    pub(super) fn hold(&mut self, failed: Option<Box<Served>>) {
+        self.failed.extend(failed);
+    }
+
     /// The peer has exited: nobody can read zeroes any more.
     pub(super) fn let_go_of_refused(&mut self) {
         self.refused.clear();
+        self.failed.clear();
     }
 
     /// Whether nothing more can come of this connection.
     pub(super) fn is_done(&self) -> bool {
-        let waits_for_exit = !self.refused.is_empty() && self.peer.pidfd.is_some();
+        let holds = !self.refused.is_empty() || !self.failed.is_empty();
+        let waits_for_exit = holds && self.peer.pidfd.is_some();
         self.socket.is_none() && self.memories.is_empty() && !waits_for_exit
     }
 }

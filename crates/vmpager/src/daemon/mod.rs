@@ -369,9 +369,10 @@ impl Daemon {
         let mut stop = false;
         while let Ok(event) = self.events.try_recv() {
             match event {
-                Event::Ended { memory, reason, numbers } => {
+                Event::Ended { memory, reason, numbers, held } => {
                     let Some((id, _)) = self.memories.remove(&memory) else { continue };
                     let Some(connection) = self.connections.get_mut(&id) else { continue };
+                    connection.hold(held);
                     let Some(reason) = connection.memory_ended(memory, reason, &numbers) else {
                         continue;
                     };
