@@ -289,8 +289,10 @@ impl Worker {
                     self.obey();
                 }
                 READER => self.complete_reads(),
-                id if !self.hot.contains(&MemoryId(id)) => self.hot.push(MemoryId(id)),
-                _ => {}
+                id => {
+                    let failing = { event.flags }.contains(epoll::EventFlags::ERR);
+                    self.look_at(MemoryId(id), failing);
+                }
             }
         }
         let now = Instant::now();
@@ -300,6 +302,16 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// A memory has something to say.
+    fn look_at(&mut self, id: MemoryId, failing: bool) {
+        if failing && self.memories.get(&id).is_some_and(Served::is_blocking) {
+            let why = "the VMM made its userfaultfd blocking; O_NONBLOCK must stay set";
+            self.lose(id, Lost::Failed(why.into()));
+        } else if !self.hot.contains(&id) {
+            self.hot.push(id);
+        }
     }
 
     fn obey(&mut self) {

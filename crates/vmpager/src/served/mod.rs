@@ -152,6 +152,13 @@ impl Served {
         self.uffd.as_fd()
     }
 
+    /// Whether a read would stop the worker: the peer shares the descriptor's
+    /// flags, and may have cleared O_NONBLOCK.
+    pub(crate) fn is_blocking(&self) -> bool {
+        let flags = rustix::fs::fcntl_getfl(&self.uffd);
+        flags.is_ok_and(|flags| !flags.contains(rustix::fs::OFlags::NONBLOCK))
+    }
+
     /// When put-off pages are due.
     pub(crate) fn retry_at(&self) -> Option<Instant> {
         self.retry.at
