@@ -58,7 +58,7 @@ pub(super) struct Connection {
     /// Userfaultfds that are not served, kept so that nobody reads zeroes.
     refused: Vec<OwnedFd>,
     /// Memories that can be served no longer, kept for the same reason.
-    failed: Vec<Box<Served>>,
+    failed: Vec<Served>,
     timeout: Duration,
     deadline: Option<Instant>,
     memories: Vec<MemoryId>,
@@ -245,7 +245,7 @@ impl Connection {
 
     /// Keeps a memory that can be served no longer.
     pub(super) fn hold(&mut self, failed: Option<Box<Served>>) {
-        self.failed.extend(failed);
+        self.failed.extend(failed.map(|failed| *failed));
     }
 
     /// The peer has exited: nobody can read zeroes any more.
