@@ -466,7 +466,7 @@ fn a_userfaultfd_that_was_never_enabled_ends_in_an_error() {
     let flags = rustix::mm::UserfaultfdFlags::CLOEXEC | rustix::mm::UserfaultfdFlags::NONBLOCK;
     // SAFETY: making one changes no memory.
     let Ok(uffd) = (unsafe { rustix::mm::userfaultfd(flags) }) else {
-        println!("skipped: no userfaultfd(2)");
+        vmpager_testing::skipped("no userfaultfd(2)");
         return;
     };
     let memory = Memory { uffd, ..Memory::new(&[64], PAGE) };

@@ -44,7 +44,7 @@ pub(crate) fn have_userfaultfd() -> bool {
     match Userfaultfd::open(Features::EVENT_REMOVE) {
         Ok(_) => true,
         Err(error) => {
-            println!("skipped: no userfaultfd ({error})");
+            vmpager_testing::skipped(&format!("no userfaultfd ({error})"));
             false
         }
     }
@@ -217,7 +217,8 @@ pub(crate) fn huge_pool(pages: usize) -> Option<HugePool> {
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let free = free_huge_pages();
     if free < pages {
-        println!("skipped: {free} free huge pages of 2 MiB, {pages} needed (vm.nr_hugepages)");
+        let why = format!("{free} free huge pages of 2 MiB, {pages} needed (vm.nr_hugepages)");
+        vmpager_testing::skipped(&why);
         return None;
     }
     Some(HugePool { _lock: lock })
