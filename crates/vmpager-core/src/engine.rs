@@ -43,14 +43,16 @@ pub enum FaultPlan {
     Poisoned(u64),
 }
 
-/// The next piece of the background fill.
+/// The next step of the background fill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FillPlan {
     /// Read these pages and install them; they are claimed.
     Fetch(PageRun),
+    /// Install zeroes.
+    Zero(PageRun),
     /// Nothing left to claim, but reads are still in flight.
     Wait,
-    /// Every page that has contents is present.
+    /// Every page that shall have memory has it.
     Complete,
 }
 
@@ -66,7 +68,12 @@ pub struct Engine<W> {
     /// Pages whose bytes are still to come from the source: `Source`, or
     /// claimed and absent.
     outstanding: u64,
+    /// Pages in small holes of the source that have no memory yet.
+    holes: u64,
 }
+
+/// Holes of at least 2 MiB are left alone by the background fill.
+const LARGE_HOLE: u64 = 512;
 
 impl<W: Words> Engine<W> {
     /// An engine for these slots, with a page map in `words` (zeroed, and as
@@ -79,6 +86,7 @@ impl<W: Words> Engine<W> {
             pace: FillPace::new(),
             cursor: 0,
             outstanding: pages,
+            holes: 0,
             slots,
         }
     }
@@ -146,28 +154,52 @@ impl<W: Words> Engine<W> {
         }
     }
 
-    /// Claims the next piece to fill.
-    pub fn next_fill(&mut self) -> FillPlan {
-        let Some(first) = self.map.next_source(self.cursor) else {
-            self.cursor = self.map.pages();
-            return if self.outstanding == 0 { FillPlan::Complete } else { FillPlan::Wait };
-        };
-        let (slot, bounds) = self.slots.slot_of(first);
-        let piece = match slot.page_size {
-            // Pieces end at multiples of their size, so that a grown piece
-            // covers whole page tables.
-            PageSize::Size4K => {
-                let piece = self.pace.next_pages();
-                piece - first % piece
+    /// How many base pages the background fill may bring in before faults are
+    /// looked for again.
+    pub fn fill_piece(&mut self) -> u64 {
+        self.pace.next_pages()
+    }
+
+    /// The next pages to fill, `most` at most (and at least one huge page, in
+    /// slots of such): claimed, if they are to be fetched.
+    pub fn next_fill(&mut self, most: u64) -> FillPlan {
+        let source = self.map.next_source(self.cursor);
+        let hole = self.map.next_holes(self.cursor);
+        match (source, hole) {
+            (Some(page), Some(hole)) if hole.first < page => self.fill_hole(hole, most),
+            (Some(page), _) => self.fill_from(page, most),
+            (None, Some(hole)) => self.fill_hole(hole, most),
+            (None, None) => {
+                self.cursor = self.map.pages();
+                if self.outstanding == 0 && self.holes == 0 {
+                    FillPlan::Complete
+                } else {
+                    FillPlan::Wait
+                }
             }
+        }
+    }
+
+    fn fill_from(&mut self, first: u64, most: u64) -> FillPlan {
+        let (slot, bounds) = self.slots.slot_of(first);
+        let most = match slot.page_size {
+            PageSize::Size4K => most,
             PageSize::Size2M => 1,
         };
-        let count = self.map.claim_up(first, piece.min(bounds.end() - first));
+        let count = self.map.claim_up(first, most.min(bounds.end() - first));
         self.cursor = first + count;
         match count {
             0 => FillPlan::Wait, // somebody else was faster
             _ => FillPlan::Fetch(PageRun::new(first, count)),
         }
+    }
+
+    fn fill_hole(&mut self, hole: PageRun, most: u64) -> FillPlan {
+        let (_, bounds) = self.slots.slot_of(hole.first);
+        let count = hole.count.min(most).min(bounds.end() - hole.first);
+        let run = PageRun::new(hole.first, count);
+        self.cursor = run.end();
+        FillPlan::Zero(run)
     }
 
     /// The parts of a claimed run that nobody took away meanwhile: only these
@@ -198,6 +230,8 @@ impl<W: Words> Engine<W> {
             let new = self.map.publish(part);
             if from_source {
                 self.outstanding -= new;
+            } else {
+                self.holes -= self.map.clear_holes(part);
             }
             page += alike;
         }
@@ -220,7 +254,7 @@ impl<W: Words> Engine<W> {
     pub fn removed(&mut self, start: Hva, end: Hva) -> u64 {
         let mut count = 0;
         for run in self.slots.runs_within(start, end) {
-            self.outstanding -= self.map.mark_zero(run);
+            zero(&self.map, &mut self.outstanding, &mut self.holes, run);
             count += run.count;
         }
         count
@@ -230,14 +264,30 @@ impl<W: Words> Engine<W> {
     /// page now.
     pub fn replaced_by_zero(&mut self, page: u64) {
         let run = PageRun::new(page, 1);
-        self.outstanding -= self.map.mark_zero(run);
+        zero(&self.map, &mut self.outstanding, &mut self.holes, run);
         self.map.publish(run);
     }
 
     /// A range of the source is known to be zeroes.
+    ///
+    /// The background fill gives memory to holes below 2 MiB: they lie among
+    /// pages that are used, where an absent page costs the guest a host fault
+    /// more, and keeps KVM from mapping its neighbours ahead. Larger holes are
+    /// memory the guest does not use; they stay absent, which costs nothing.
     pub fn known_zero(&mut self, range: ByteRange) {
         for run in self.slots.runs_of_source(range) {
-            self.outstanding -= self.map.mark_zero(run);
+            zero(&self.map, &mut self.outstanding, &mut self.holes, run);
+            let (slot, _) = self.slots.slot_of(run.first);
+            if slot.page_size == PageSize::Size4K && run.count < LARGE_HOLE {
+                self.map.mark_holes(run);
+                self.holes += run.count;
+            }
         }
     }
+}
+
+/// The run's pages read as zeroes from now on.
+fn zero<W: Words>(map: &PageMap<W>, outstanding: &mut u64, holes: &mut u64, run: PageRun) {
+    *outstanding -= map.mark_zero(run);
+    *holes -= map.clear_holes(run);
 }

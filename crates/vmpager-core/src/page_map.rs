@@ -10,7 +10,7 @@
 //!   any state ----- mark_zero -----> Zero  -- publish --> Zero + present
 //! ```
 //!
-//! Two facts are kept per page, three bits in all:
+//! Three facts are kept per page, four bits in all:
 //!
 //! - the **present bit**: the page's contents are in place. Set with release
 //!   ordering after the install, read with acquire (I1). It is advice to those
@@ -19,6 +19,11 @@
 //! - the **content**, two bits: where the page's bytes come from. `Zero` is
 //!   for ever: once a page was given back it never reads as source bytes
 //!   again, whichever thread, or successor of a crashed process, looks (I3).
+//!
+//! - the **hole bit**: the page is zero because it lies in a small hole of the
+//!   source, and the background fill shall give it memory all the same (see
+//!   [`Engine::known_zero`](crate::Engine::known_zero)). Cleared once it has
+//!   some, or was given back.
 //!
 //! A claim is what makes fetching single-flight (I2): of all who want a page,
 //! the one whose compare-and-swap turns `Source` into `Claimed` fetches it.
@@ -33,6 +38,7 @@
 //! | 3..8 | zero, reserved |
 //! | 8.. | present bitmap: bit `p % 64` of word `p / 64`, ceil(n / 64) words |
 //! | then | content, 2 bits a page: bits `2 * (p % 32)` of word `p / 32`, ceil(n / 32) words |
+//! | then | hole bitmap, as the present bitmap, ceil(n / 64) words |
 
 use std::ops::Deref;
 
@@ -97,11 +103,13 @@ pub struct PageMap<W> {
     pages: u64,
     /// Index of the first content word.
     content: usize,
+    /// Index of the first word of the hole bitmap.
+    holes: usize,
 }
 
 /// How many words a map of that many pages needs, header included.
 pub fn words_for(pages: u64) -> usize {
-    let words = pages.div_ceil(64) + pages.div_ceil(32);
+    let words = 2 * pages.div_ceil(64) + pages.div_ceil(32);
     HEADER_WORDS + usize::try_from(words).expect("a page map fits the address space")
 }
 
@@ -116,8 +124,9 @@ impl<W: Words> PageMap<W> {
         for (i, value) in [MAGIC, VERSION, pages].into_iter().enumerate() {
             words.words()[i].store(value, Ordering::Relaxed);
         }
-        let content = words_for(pages) - to_index(pages.div_ceil(32));
-        Self { words, pages, content }
+        let content = HEADER_WORDS + to_index(pages.div_ceil(64));
+        let holes = content + to_index(pages.div_ceil(32));
+        Self { words, pages, content, holes }
     }
 
     /// Number of pages.
@@ -314,6 +323,40 @@ impl<W: Words> PageMap<W> {
         None
     }
 
+    /// Says that zero pages lie in a small hole of the source.
+    pub fn mark_holes(&self, run: PageRun) {
+        for (word, mask) in present_masks(run) {
+            self.hole_word(word).fetch_or(mask, Ordering::AcqRel);
+        }
+    }
+
+    /// Says of pages that they need no memory for being in a hole. Returns how
+    /// many were said to.
+    pub fn clear_holes(&self, run: PageRun) -> u64 {
+        present_masks(run)
+            .map(|(word, mask)| {
+                let before = self.hole_word(word).fetch_and(!mask, Ordering::AcqRel);
+                u64::from((mask & before).count_ones())
+            })
+            .sum()
+    }
+
+    /// The first run of pages in a hole, within one word of the map, at or
+    /// after `from`.
+    pub fn next_holes(&self, from: u64) -> Option<PageRun> {
+        let mut page = from;
+        while page < self.pages {
+            let left = self.hole_word(page / 64).load(Ordering::Acquire) >> (page % 64);
+            if left != 0 {
+                let skip = left.trailing_zeros();
+                let count = (left >> skip).trailing_ones();
+                return Some(PageRun::new(page + u64::from(skip), count.into()));
+            }
+            page = (page / 64 + 1) * 64;
+        }
+        None
+    }
+
     /// How many pages from `first` on, `max` at most, have the same content
     /// and presence as it.
     pub fn alike_from(&self, first: u64, max: u64) -> u64 {
@@ -325,6 +368,10 @@ impl<W: Words> PageMap<W> {
 
     fn present_word(&self, word: u64) -> &AtomicU64 {
         &self.words.words()[HEADER_WORDS + to_index(word)]
+    }
+
+    fn hole_word(&self, word: u64) -> &AtomicU64 {
+        &self.words.words()[self.holes + to_index(word)]
     }
 
     fn content_word(&self, word: u64) -> &AtomicU64 {

@@ -24,7 +24,6 @@ const REGISTER: Opcode = opcode::read_write::<raw::uffdio_register>(GROUP, 0x00)
 const UNREGISTER: Opcode = opcode::read::<raw::uffdio_range>(GROUP, 0x01);
 const WAKE: Opcode = opcode::read::<raw::uffdio_range>(GROUP, 0x02);
 const COPY: Opcode = opcode::read_write::<raw::uffdio_copy>(GROUP, 0x03);
-const ZEROPAGE: Opcode = opcode::read_write::<raw::uffdio_zeropage>(GROUP, 0x04);
 const WRITEPROTECT: Opcode = opcode::read_write::<raw::uffdio_writeprotect>(GROUP, 0x06);
 const POISON: Opcode = opcode::read_write::<raw::uffdio_poison>(GROUP, 0x08);
 /// `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`.
@@ -36,7 +35,6 @@ const _: () = {
     assert!(UNREGISTER == linux_raw_sys::ioctl::UFFDIO_UNREGISTER);
     assert!(WAKE == linux_raw_sys::ioctl::UFFDIO_WAKE);
     assert!(COPY == linux_raw_sys::ioctl::UFFDIO_COPY);
-    assert!(ZEROPAGE == linux_raw_sys::ioctl::UFFDIO_ZEROPAGE);
     assert!(WRITEPROTECT == linux_raw_sys::ioctl::UFFDIO_WRITEPROTECT);
     assert!(size_of::<raw::uffdio_poison>() == 32);
     assert!(size_of::<raw::uffd_msg>() == Message::BYTES);
@@ -375,17 +373,6 @@ impl Userfaultfd {
             // SAFETY: UFFDIO_COPY reads and writes one uffdio_copy.
             let result = unsafe { update::<COPY, _>(&self.fd, &mut args) };
             (result, args.copy)
-        })
-    }
-
-    /// Installs zero pages. Not for hugetlb (EINVAL).
-    pub fn zeropage(&self, start: u64, len: u64) -> Installed {
-        install(len, |done| {
-            let range = raw::uffdio_range { start: start + done, len: len - done };
-            let mut args = raw::uffdio_zeropage { range, mode: 0, zeropage: 0 };
-            // SAFETY: UFFDIO_ZEROPAGE reads and writes one uffdio_zeropage.
-            let result = unsafe { update::<ZEROPAGE, _>(&self.fd, &mut args) };
-            (result, args.zeropage)
         })
     }
 

@@ -220,9 +220,7 @@ impl Worker {
                 // Faults keep coming: the others are looked at now and then.
                 Work::Served if looks < LOOKS => continue,
                 Work::None if looks < LOOKS && self.keep_looking() => {
-                    // Where more threads than CPUs run, the next to fault may
-                    // be waiting for this one.
-                    std::thread::yield_now();
+                    std::hint::spin_loop();
                     continue;
                 }
                 Work::Served | Work::Filled => Some(Duration::ZERO),
@@ -265,7 +263,7 @@ impl Worker {
         if served == 0 {
             return Work::None;
         }
-        self.polling.served(Instant::now());
+        self.polling.served(Instant::now(), served);
         self.demanded = true;
         Work::Served
     }
@@ -418,7 +416,7 @@ impl Worker {
             if std::mem::take(&mut self.demanded) {
                 memory.others_wait();
             }
-            match memory.fill_step(&mut self.reads) {
+            match memory.fill(&mut self.reads) {
                 Ok(Filled::Some) => return true,
                 Ok(Filled::Wait) => {}
                 // The list has changed: go round again.

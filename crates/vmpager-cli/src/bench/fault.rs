@@ -6,6 +6,7 @@
 //! fault of its own, from a file in the page cache (or, with `--source
 //! memory`, from memory).
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +19,7 @@ use serde::Serialize;
 use vmpager::core::PageSource;
 use vmpager::{GuestRange, NeighbourPolicy, Pager};
 use vmpager_store::{MemorySource, RawFile};
+use vmpager_sys::file_map::FileMap;
 use vmpager_sys::memory::Mapping;
 use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
 
@@ -81,9 +83,15 @@ struct Row {
 #[derive(Debug, Serialize)]
 struct Fill {
     bytes: u64,
+    /// `UFFDIO_COPY` of 2 MiB pieces and nothing else, of the same bytes.
     copy_2m_ms: f64,
+    /// The pager's fill, while another thread touches the memory at random.
     vmpager_ms: f64,
     ratio: f64,
+    /// As `copy_2m_ms`, but of one piece that stays in the CPU's cache.
+    copy_2m_hot_ms: f64,
+    /// Faults served meanwhile, median of the rounds.
+    faults: f64,
     /// The longest touch of a round, median of the rounds.
     max_touch_us: f64,
     /// The longest touch of all rounds.
@@ -102,7 +110,7 @@ struct Touched {
 pub(crate) fn run(args: &FaultArgs) -> anyhow::Result<()> {
     let largest = args.memory.max(args.fill).next_multiple_of(2 << 20);
     let scratch = Scratch::new(args.dir.as_deref(), largest)?;
-    let source = make_source(args.source, largest, &scratch)?;
+    let input = make_input(args.source, largest, &scratch)?;
     let touch_bytes = usize::try_from(args.memory)?.next_multiple_of(2 << 20);
     let fill_bytes = usize::try_from(args.fill)?.next_multiple_of(2 << 20);
 
@@ -112,14 +120,17 @@ pub(crate) fn run(args: &FaultArgs) -> anyhow::Result<()> {
         let mut ours = Vec::new();
         for seed in 0..args.rounds {
             floor.push(floor_round(touch_bytes, n, seed)?);
-            ours.push(pager_round(&source, touch_bytes, n, seed)?);
+            ours.push(pager_round(&input.source, touch_bytes, n, seed)?);
         }
         threads.push(row(n, &floor, &ours));
     }
     let mut fills = Vec::new();
     for seed in 0..args.rounds {
-        let floor = floor_fill(fill_bytes)?;
-        fills.push((floor, pager_fill(&source, fill_bytes, seed)?));
+        fills.push(FillRound {
+            floor: floor_fill(Some(input.addr), fill_bytes)?,
+            hot: floor_fill(None, fill_bytes)?,
+            filled: pager_fill(&input.source, fill_bytes, seed)?,
+        });
     }
     let report = Report {
         source: args.source,
@@ -130,15 +141,26 @@ pub(crate) fn run(args: &FaultArgs) -> anyhow::Result<()> {
     if args.json { output::json(&report) } else { show(&report) }
 }
 
-fn make_source(source: Source, len: u64, scratch: &Scratch) -> anyhow::Result<Arc<dyn PageSource>> {
-    let memory = MemorySource::numbered(len / 4096);
+/// The bytes to serve, and where they lie in this process for the bare fill.
+struct Input {
+    source: Arc<dyn PageSource>,
+    addr: usize,
+    _map: Option<FileMap>,
+}
+
+fn make_input(source: Source, len: u64, scratch: &Scratch) -> anyhow::Result<Input> {
+    let memory = Arc::new(MemorySource::numbered(len / 4096));
     if source == Source::Memory {
-        return Ok(Arc::new(memory));
+        let addr = memory.bytes().as_ptr() as usize;
+        return Ok(Input { source: memory, addr, _map: None });
     }
     let path = scratch.path().join("memory");
     std::fs::write(&path, memory.bytes()).context("writing the memory file")?;
-    std::fs::File::open(&path)?.sync_all()?;
-    Ok(RawFile::open(&path)?)
+    let file = std::fs::File::open(&path)?;
+    file.sync_all()?;
+    let map = FileMap::new(file.as_fd(), len)?;
+    map.populate(0..len)?;
+    Ok(Input { source: RawFile::open(&path)?, addr: map.addr_of(0), _map: Some(map) })
 }
 
 /// Touches every page of `memory` once, in random order, from `n` threads.
@@ -247,24 +269,37 @@ fn verify(memory: &Mapping) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn floor_fill(bytes: usize) -> anyhow::Result<Duration> {
+/// The bare fill, from `bytes` bytes at `src` or, without it, from the same
+/// 2 MiB over and over, which no fill of a VM can do.
+fn floor_fill(src: Option<usize>, bytes: usize) -> anyhow::Result<Duration> {
     let memory = Arc::new(Mapping::anonymous(bytes)?);
-    let buffer = Mapping::anonymous(2 << 20)?;
-    buffer.populate(0..buffer.len())?;
+    let hot = Mapping::anonymous(PIECE)?;
+    hot.populate(0..PIECE)?;
+    let hot = usize::try_from(hot.hva())?;
     let uffd = Userfaultfd::open(Features::NONE)?;
     uffd.register_missing(&GuestRange::of_mapping(&memory))?;
     let started = Instant::now();
-    for offset in (0..bytes as u64).step_by(2 << 20) {
-        let src = usize::try_from(buffer.hva())?;
-        if let Some(stop) = uffd.copy(memory.hva() + offset, src, 2 << 20).stop {
+    for offset in (0..bytes).step_by(PIECE) {
+        let src = src.map_or(hot, |src| src + offset);
+        if let Some(stop) = uffd.copy(memory.hva() + offset as u64, src, PIECE as u64).stop {
             bail!("UFFDIO_COPY: {stop:?}");
         }
     }
     Ok(started.elapsed())
 }
 
+/// The piece of the bare fill: 2 MiB.
+const PIECE: usize = 2 << 20;
+
+struct FillRound {
+    floor: Duration,
+    hot: Duration,
+    filled: Filled,
+}
+
 struct Filled {
     took: Duration,
+    faults: u64,
     max_touch: Duration,
     noise: Duration,
 }
@@ -272,7 +307,7 @@ struct Filled {
 fn pager_fill(source: &Arc<dyn PageSource>, bytes: usize, seed: u32) -> anyhow::Result<Filled> {
     let memory = Arc::new(Mapping::anonymous(bytes)?);
     let done = AtomicBool::new(false);
-    let (took, max_touch) = std::thread::scope(|scope| {
+    let (took, faults, max_touch) = std::thread::scope(|scope| {
         let started = Instant::now();
         let pager = Pager::builder(source.clone())
             .region(&GuestRange::of_mapping(&memory), 0)
@@ -297,10 +332,10 @@ fn pager_fill(source: &Arc<dyn PageSource>, bytes: usize, seed: u32) -> anyhow::
         if !filled {
             bail!("the fill did not end: {:?}", pager.stats());
         }
-        Ok((took, max_touch))
+        Ok((took, pager.stats().faults, max_touch))
     })?;
     verify(&memory)?;
-    Ok(Filled { took, max_touch, noise: watch_clock(took) })
+    Ok(Filled { took, faults, max_touch, noise: watch_clock(took) })
 }
 
 /// The longest gap a thread sees that does nothing but look at the clock.
@@ -330,19 +365,23 @@ fn row(n: usize, floor: &[Touched], ours: &[Touched]) -> Row {
     }
 }
 
-fn fill_row(bytes: u64, rounds: &[(Duration, Filled)]) -> Fill {
+fn fill_row(bytes: u64, rounds: &[FillRound]) -> Fill {
     let us = |time: Duration| time.as_secs_f64() * 1e6;
-    let floor = median(rounds.iter().map(|(floor, _)| us(*floor) / 1e3));
-    let ours = median(rounds.iter().map(|(_, filled)| us(filled.took) / 1e3));
-    let worst = rounds.iter().map(|(_, filled)| filled.max_touch).max().unwrap_or_default();
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let floor = median(rounds.iter().map(|r| ms(r.floor)));
+    let hot = median(rounds.iter().map(|r| ms(r.hot)));
+    let ours = median(rounds.iter().map(|r| ms(r.filled.took)));
+    let worst = rounds.iter().map(|r| r.filled.max_touch).max().unwrap_or_default();
     Fill {
         bytes,
         copy_2m_ms: round(floor),
         vmpager_ms: round(ours),
         ratio: round(ours / floor),
-        max_touch_us: round(median(rounds.iter().map(|(_, filled)| us(filled.max_touch)))),
+        copy_2m_hot_ms: round(hot),
+        faults: median(rounds.iter().map(|r| to_f64(r.filled.faults))),
+        max_touch_us: round(median(rounds.iter().map(|r| us(r.filled.max_touch)))),
         worst_touch_us: round(us(worst)),
-        noise_us: round(median(rounds.iter().map(|(_, filled)| us(filled.noise)))),
+        noise_us: round(median(rounds.iter().map(|r| us(r.filled.noise)))),
     }
 }
 
@@ -375,11 +414,12 @@ fn show(report: &Report) -> anyhow::Result<()> {
     let fill = &report.fill;
     output::line(&format!(
         "\nfill of {}: UFFDIO_COPY of 2 MiB pieces {:.1} ms, vmpager while touched {:.1} ms \
-         ({:.2}x); longest touch {:.0} us (worst {:.0}; machine noise {:.0})",
+         ({:.2}x, {:.0} faults); longest touch {:.0} us (worst {:.0}; machine noise {:.0})",
         size::show(fill.bytes),
         fill.copy_2m_ms,
         fill.vmpager_ms,
         fill.ratio,
+        fill.faults,
         fill.max_touch_us,
         fill.worst_touch_us,
         fill.noise_us

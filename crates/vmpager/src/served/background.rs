@@ -7,7 +7,7 @@ use tracing::{error, warn};
 use vmpager_core::{FillPlan, PageData, PageRun, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
-use super::install::{FIRST_RETRY, Put};
+use super::install::{FIRST_RETRY, Put, PutEnd};
 use super::{Leftover, Lost, Served, address_of, at_hand};
 use crate::reads::{Read, Reads, Waiter};
 
@@ -99,37 +99,59 @@ impl Served {
         self.put_poison(read.run, read.waiter, reads)
     }
 
-    /// One step of the background fill.
-    pub(crate) fn fill_step(&mut self, reads: &mut Reads) -> Result<Filled, Lost> {
-        if !reads.may_fill() || self.retry.at.is_some() {
-            return Ok(Filled::Wait);
-        }
-        let run = match self.engine.next_fill() {
-            FillPlan::Fetch(run) => run,
-            FillPlan::Wait => return Ok(Filled::Wait),
-            FillPlan::Complete if self.must_hold => return Ok(Filled::Wait),
-            FillPlan::Complete => {
-                self.counters.fill_took = Some(self.counters.started.elapsed());
-                return Ok(Filled::All);
+    /// One piece of the background fill.
+    pub(crate) fn fill(&mut self, reads: &mut Reads) -> Result<Filled, Lost> {
+        let piece = self.engine.fill_piece();
+        let mut done = 0;
+        while done < piece {
+            if !reads.may_fill() || self.retry.at.is_some() {
+                break;
             }
-        };
+            match self.engine.next_fill(piece - done) {
+                FillPlan::Fetch(run) => {
+                    self.fill_fetch(run, reads)?;
+                    done += run.count;
+                }
+                FillPlan::Zero(run) => {
+                    let end = self.put(run, Put::Zeroes)?;
+                    self.counters.pages_zero += end.pages;
+                    self.put_off_rest(end, reads)?;
+                    done += run.count;
+                }
+                FillPlan::Complete if !self.must_hold && done == 0 => {
+                    self.counters.fill_took = Some(self.counters.started.elapsed());
+                    return Ok(Filled::All);
+                }
+                FillPlan::Wait | FillPlan::Complete => break,
+            }
+        }
+        Ok(if done > 0 { Filled::Some } else { Filled::Wait })
+    }
+
+    fn fill_fetch(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
         let (_, range) = self.engine.slots().locate(run);
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
-                let src = address_of(data);
-                let end = self.put(run, Put::Bytes(src))?;
+                let end = self.put(run, Put::Bytes(address_of(data)))?;
                 self.count_installed(run, None, end.pages);
-                if let Some((rest, stop)) = end.rest {
-                    self.put_off(Leftover { rest, stop, waiter: None }, reads)?;
-                }
+                self.put_off_rest(end, reads)
             }
-            Ok(None) => reads.submit(self.background(run, Priority::Fill, None)),
+            Ok(None) => {
+                reads.submit(self.background(run, Priority::Fill, None));
+                Ok(())
+            }
             Err(error) => {
                 let read = self.background(run, Priority::Fill, None);
-                self.read_failed(read, &error, reads)?;
+                self.read_failed(read, &error, reads)
             }
         }
-        Ok(Filled::Some)
+    }
+
+    fn put_off_rest(&mut self, end: PutEnd, reads: &mut Reads) -> Result<(), Lost> {
+        match end.rest {
+            Some((rest, stop)) => self.put_off(Leftover { rest, stop, waiter: None }, reads),
+            None => Ok(()),
+        }
     }
 
     /// Somebody else's faults were served: the next piece should be small.
@@ -155,7 +177,11 @@ impl Served {
         self.engine.released(PageRun::new(0, self.engine.map().pages()));
         let until = Instant::now() + POISON_LIMIT;
         loop {
-            let FillPlan::Fetch(run) = self.engine.next_fill() else { return !self.must_hold };
+            let run = match self.engine.next_fill(u64::MAX) {
+                FillPlan::Fetch(run) => run,
+                FillPlan::Zero(_) => continue,
+                FillPlan::Wait | FillPlan::Complete => return !self.must_hold,
+            };
             match self.poison_part(run) {
                 Ok(None) => {}
                 Ok(Some((rest, Stop::Changing))) if Instant::now() < until => {

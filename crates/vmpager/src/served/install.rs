@@ -1,5 +1,6 @@
 //! Putting things into pages, and what to do where the kernel will not.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
@@ -82,7 +83,7 @@ impl Served {
                 self.counters.pages_zero += 1;
                 Ok(())
             }
-            Some(Stop::Present) => self.wake(hva, len),
+            Some(Stop::Present) if len < HUGE.bytes() => self.wake(hva, len),
             Some(stop) => self.settle(waiter, PutEnd { pages: 0, rest: Some((one, stop)) }, reads),
         }
     }
@@ -147,13 +148,12 @@ impl Served {
         match what {
             Put::Bytes(src) => self.uffd.copy(hva.0, src, len),
             Put::Poison => self.uffd.poison(hva.0, len),
-            Put::Zeroes => match self.uffd.zeropage(hva.0, len) {
-                // hugetlb has no zero page to share: copy one.
-                Installed { bytes: 0, stop: Some(Stop::Other(_)) } if len >= HUGE.bytes() => {
-                    self.uffd.copy(hva.0, zero_page_2m().as_ptr() as usize, HUGE.bytes())
-                }
-                result => result,
-            },
+            // The kernel's shared zero page would have to be replaced at the
+            // first write, KVM does not map it ahead, and hugetlb has none.
+            Put::Zeroes => {
+                let zeroes = zeroes();
+                self.uffd.copy(hva.0, zeroes.as_ptr() as usize, len.min(zeroes.len() as u64))
+            }
         }
     }
 
@@ -323,8 +323,9 @@ impl Served {
 
 const HUGE: PageSize = PageSize::Size2M;
 
-/// Two MiB of zeroes for the kernel to read.
-fn zero_page_2m() -> &'static [u8] {
-    static ZEROES: [u8; 1 << HUGE.shift()] = [0; 1 << HUGE.shift()];
-    &ZEROES
+/// Two MiB of zeroes for the kernel to read. Never written, they take no
+/// memory of their own.
+fn zeroes() -> &'static [u8] {
+    static ZEROES: OnceLock<Vec<u8>> = OnceLock::new();
+    ZEROES.get_or_init(|| vec![0; 1 << HUGE.shift()])
 }
