@@ -14,6 +14,8 @@ use vmpager_core::{Hva, PageSize, Slot};
 
 /// The longest message accepted, in bytes: some 500 regions.
 pub const MAX_MESSAGE: usize = 64 * 1024;
+/// The most pieces a message may come in: each costs a look at all of them.
+pub const MAX_PIECES: u32 = 4096;
 /// The most regions in one message.
 pub const MAX_REGIONS: usize = 1024;
 
@@ -29,6 +31,9 @@ pub enum HandshakeError {
     /// More bytes than any message may have.
     #[error("the handshake is longer than {MAX_MESSAGE} bytes and still incomplete")]
     TooLong,
+    /// More pieces than any message may come in.
+    #[error("the handshake came in {MAX_PIECES} pieces and is still incomplete; send it in one")]
+    TooManyPieces,
     /// More regions than any VM has.
     #[error("the handshake has {0} memory regions; at most {MAX_REGIONS} are served")]
     TooManyRegions(usize),
@@ -121,6 +126,8 @@ impl Region {
 #[derive(Debug, Default)]
 pub struct Inbox {
     bytes: Vec<u8>,
+    /// How often they were looked at and found incomplete.
+    looks: u32,
 }
 
 impl Inbox {
@@ -152,10 +159,15 @@ impl Inbox {
         let regions: Vec<Region> = match stream.next() {
             None => return Ok(None),
             Some(Ok(regions)) => regions,
-            Some(Err(error)) if error.is_eof() => return Ok(None),
+            Some(Err(error)) if error.is_eof() => {
+                self.looks += 1;
+                let many = self.looks >= MAX_PIECES;
+                return if many { Err(HandshakeError::TooManyPieces) } else { Ok(None) };
+            }
             Some(Err(error)) => return Err(HandshakeError::Malformed(error)),
         };
         let used = stream.byte_offset();
+        self.looks = 0;
         self.bytes.drain(..used);
         if regions.len() > MAX_REGIONS {
             return Err(HandshakeError::TooManyRegions(regions.len()));
@@ -247,6 +259,14 @@ mod tests {
         let mut inbox = Inbox::default();
         assert!(inbox.push(&vec![b'['; MAX_MESSAGE]).is_ok());
         assert!(matches!(inbox.push(b"["), Err(HandshakeError::TooLong)));
+
+        let mut inbox = Inbox::default();
+        inbox.push(b"[").expect("short");
+        for _ in 1..MAX_PIECES {
+            assert_eq!(inbox.next_message().expect("a prefix is no error"), None);
+            inbox.push(b" ").expect("short");
+        }
+        assert!(matches!(inbox.next_message(), Err(HandshakeError::TooManyPieces)));
 
         let region = r#"{"base_host_virt_addr":0,"size":0,"offset":0},"#.repeat(MAX_REGIONS + 1);
         let json = format!("[{}]", region.trim_end_matches(','));

@@ -163,6 +163,16 @@ const HOSTILE: &[Hostile] = &[
     ),
     ("a hundred MiB", |s, m| send_endlessly(s, m), &["longer than 65536 bytes"]),
     (
+        "a message without end, a byte at a time",
+        |s, m| {
+            send_raw(s, m, b"[");
+            // With a descriptor each: so the kernel keeps them apart.
+            let null = std::fs::File::open("/dev/null").unwrap();
+            while send_with_fds(s, b" ", &[null.as_fd()]).is_ok() {}
+        },
+        &["more than 64 descriptors"],
+    ),
+    (
         "nothing, and hangs up",
         |s, _| s.shutdown(std::net::Shutdown::Write).unwrap(),
         &["hung up", "without a handshake"],

@@ -17,6 +17,9 @@ use crate::reads::MemoryId;
 use crate::served::{Served, page_map_words};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
 
+/// The most descriptors one peer may make this process hold.
+const MAX_HELD: usize = 64;
+
 /// What a handshake offers to be served: regions and their userfaultfd.
 #[derive(Debug)]
 pub(super) struct Offer {
@@ -42,6 +45,11 @@ pub(super) enum Arrival {
 pub(super) enum ReceiveError {
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
+    #[error(
+        "it sent more than {MAX_HELD} descriptors on one connection; one userfaultfd per handshake \
+         is served"
+    )]
+    TooManyDescriptors,
     #[error("receiving the handshake: {0}")]
     Io(#[from] io::Error),
 }
@@ -143,6 +151,9 @@ impl Connection {
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(Arrival::HangUp),
             Err(error) => return Err(error.into()),
         };
+        if self.fds.len() + self.refused.len() + self.memories.len() > MAX_HELD {
+            return Err(ReceiveError::TooManyDescriptors);
+        }
         self.inbox.push(&bytes[..count])?;
         if self.regions.is_none() {
             self.regions = self.inbox.next_message()?;
