@@ -72,8 +72,8 @@ pub struct Engine<W> {
     holes: u64,
 }
 
-/// Holes of at least 2 MiB are left alone by the background fill.
-const LARGE_HOLE: u64 = 512;
+/// Base pages in 2 MiB.
+const HUGE_PAGE: u64 = 512;
 
 impl<W: Words> Engine<W> {
     /// An engine for these slots, with a page map in `words` (zeroed, and as
@@ -183,7 +183,8 @@ impl<W: Words> Engine<W> {
     fn fill_from(&mut self, first: u64, most: u64) -> FillPlan {
         let (slot, bounds) = self.slots.slot_of(first);
         let most = match slot.page_size {
-            PageSize::Size4K => most,
+            // Never across 2 MiB: one slow read holds up no more.
+            PageSize::Size4K => most.min(HUGE_PAGE - first % HUGE_PAGE),
             PageSize::Size2M => 1,
         };
         let count = self.map.claim_up(first, most.min(bounds.end() - first));
@@ -278,7 +279,7 @@ impl<W: Words> Engine<W> {
         for run in self.slots.runs_of_source(range) {
             zero(&self.map, &mut self.outstanding, &mut self.holes, run);
             let (slot, _) = self.slots.slot_of(run.first);
-            if slot.page_size == PageSize::Size4K && run.count < LARGE_HOLE {
+            if slot.page_size == PageSize::Size4K && run.count < HUGE_PAGE {
                 self.map.mark_holes(run);
                 self.holes += run.count;
             }
