@@ -35,6 +35,11 @@ impl Polling {
         self.crowded = faults > 1;
     }
 
+    /// Whether several faults were served at once.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.crowded
+    }
+
     /// Whether to look again instead of sleeping.
     pub(crate) fn keep_looking(&self) -> bool {
         !self.crowded && !self.budget.is_zero() && self.last.elapsed() < self.budget

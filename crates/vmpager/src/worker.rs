@@ -265,7 +265,11 @@ impl Worker {
         }
         self.polling.served(Instant::now(), served);
         self.demanded = true;
-        Work::Served
+        match self.polling.is_crowded() {
+            // One wait for the next batch costs less than one look in vain.
+            true => Work::None,
+            false => Work::Served,
+        }
     }
 
     /// Learns what happened elsewhere.

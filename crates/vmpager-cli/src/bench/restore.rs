@@ -21,7 +21,7 @@ use crate::vm_process::{GuestCpu, cpu_name};
     time from the start of the VM's process to the end of its work: below 1 is faster.")]
 pub(crate) struct RestoreArgs {
     /// Guest memory.
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "100M", value_parser = size::parse)]
     memory: u64,
     /// Distinct pages the guest touches.
     #[arg(long, value_name = "N", default_value_t = 24_576)]
