@@ -9,7 +9,7 @@ use serde::Serialize;
 use vmpager_vm::{Snapshot, SnapshotPaths, Vm, VmConfig};
 
 use crate::output;
-use crate::restore::{Cache, Mode, Restored, Work, prepare_cache, restore};
+use crate::restore::{Cache, Mode, Restored, Work, prepare_cache, restore, warm_up_memory};
 use crate::scratch::Scratch;
 use crate::size;
 use crate::vm_process::{GuestCpu, cpu_name, millis};
@@ -117,6 +117,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<()> {
         pages_verified: 0,
         mismatches: 0,
     };
+    warm_up_memory(snapshot.memory_bytes())?;
     for mode in MODES {
         let bar = story.work(mode.name());
         prepare_cache(&paths.memory, Cache::Warm)?;

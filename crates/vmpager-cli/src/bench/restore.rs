@@ -8,7 +8,7 @@ use vmpager_vm::{SnapshotPaths, Vm, VmConfig};
 
 use super::{median, round};
 use crate::output;
-use crate::restore::{Cache, Mode, Restored, Work, prepare_cache, restore};
+use crate::restore::{Cache, Mode, Restored, Work, prepare_cache, restore, warm_up_memory};
 use crate::scratch::Scratch;
 use crate::size;
 use crate::vm_process::{GuestCpu, cpu_name};
@@ -90,6 +90,7 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<()> {
     let kind = cpu_name(vm.cpu());
     drop(vm);
 
+    warm_up_memory(args.memory)?;
     let modes = args.modes.clone().unwrap_or_else(|| MODES.to_vec());
     let caches = args.cache.map_or_else(|| vec![Cache::Warm, Cache::Cold], |cache| vec![cache]);
     let mut rows = Vec::new();

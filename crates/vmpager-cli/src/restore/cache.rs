@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use vmpager_sys::file_map::FileMap;
+use vmpager_sys::memory::Mapping;
 
 /// What the page cache holds of the memory file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -26,6 +27,16 @@ impl Cache {
             Self::Cold => "cold",
         }
     }
+}
+
+/// Touches as much memory as a VM will have and gives it back. On a host that is
+/// a VM itself, memory is dear at its first use: without this the first mode
+/// measured would pay for all.
+pub(crate) fn warm_up_memory(bytes: u64) -> anyhow::Result<()> {
+    let len = usize::try_from(bytes)?;
+    let at = || format!("touching {bytes} bytes of memory");
+    let memory = Mapping::anonymous(len).with_context(at)?;
+    memory.populate(0..len).with_context(at)
 }
 
 /// How often it is tried: a host may reclaim page cache of its own accord.

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 use vmpager_vm::SnapshotPaths;
 
-pub(crate) use self::cache::{Cache, prepare as prepare_cache};
+pub(crate) use self::cache::{Cache, prepare as prepare_cache, warm_up_memory};
 use self::process::{Running, vmpager};
 use crate::serve::ServeReport;
 use crate::vm_process::{VmOutcome, monotonic_ns};
