@@ -81,11 +81,25 @@ impl Served {
             None => {
                 self.engine.replaced_by_zero(waiter.page);
                 self.counters.pages_zero += 1;
+                self.counters.stalled(waiter.since);
                 Ok(())
             }
-            Some(Stop::Present) if len < HUGE.bytes() => self.wake(hva, len),
+            // Of a huge page the kernel may mean that the pool is empty: the
+            // waiter then comes again at once, and must be held.
+            Some(Stop::Present) if len < HUGE.bytes() || !self.woken_lately(waiter) => {
+                self.counters.stalled(waiter.since);
+                self.wake(hva, len)
+            }
             Some(stop) => self.settle(waiter, PutEnd { pages: 0, rest: Some((one, stop)) }, reads),
         }
+    }
+
+    /// Whether the page a waiter waits for was woken a moment ago; remembers
+    /// that it will be now.
+    fn woken_lately(&mut self, waiter: Waiter) -> bool {
+        let before = self.woken.replace(waiter);
+        before
+            .is_some_and(|before| before.page == waiter.page && before.since.elapsed() < LONG_RETRY)
     }
 
     /// Puts the same thing into all pages of a run that are absent.

@@ -97,6 +97,8 @@ pub(crate) struct Served {
     /// memory would let it read as zeroes.
     must_hold: bool,
     complained: Complaints,
+    /// The huge page that was last woken instead of installed.
+    woken: Option<Waiter>,
 }
 
 /// What has been said once and need not be said for every page.
@@ -134,6 +136,7 @@ impl Served {
             kept: Vec::new(),
             must_hold: false,
             complained: Complaints::default(),
+            woken: None,
         }
     }
 
