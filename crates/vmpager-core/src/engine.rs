@@ -63,7 +63,7 @@ pub struct Engine<W> {
     map: PageMap<W>,
     neighbours: Neighbours,
     pace: FillPace,
-    /// No page below this is `Source`.
+    /// No page below this is `Source`, or a hole whose turn has not come.
     cursor: u64,
     /// Pages whose bytes are still to come from the source: `Source`, or
     /// claimed and absent.
@@ -282,6 +282,7 @@ impl<W: Words> Engine<W> {
             if slot.page_size == PageSize::Size4K && run.count < HUGE_PAGE {
                 self.map.mark_holes(run);
                 self.holes += run.count;
+                self.cursor = self.cursor.min(run.first);
             }
         }
     }

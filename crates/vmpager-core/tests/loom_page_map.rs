@@ -26,7 +26,7 @@ fn one(page: u64) -> PageRun {
 }
 
 /// Runs each closure on a thread of its own and returns what they returned.
-fn race<const N: usize>(map: &Arc<Map>, threads: [fn(&Map) -> PageRun; N]) -> [PageRun; N] {
+fn race<T: 'static, const N: usize>(map: &Arc<Map>, threads: [fn(&Map) -> T; N]) -> [T; N] {
     let handles = threads.map(|f| {
         let map = Arc::clone(map);
         thread::spawn(move || f(&map))
@@ -276,5 +276,72 @@ fn owners_follow_each_other() {
         let expected: u64 = owners.map(|o| o.join().unwrap()).iter().sum();
         assert_eq!(turns.load(Ordering::Relaxed), expected);
         assert_eq!(map.content(0), Content::Source);
+    });
+}
+
+/// Each page in a hole is counted by one of those who clear it, in each word
+/// of the bitmap.
+#[test]
+fn a_hole_is_counted_once() {
+    loom::model(|| {
+        let map = map(66);
+        map.mark_holes(PageRun::new(62, 4));
+        let counts = race(
+            &map,
+            [|m| m.clear_holes(PageRun::new(62, 3)), |m| m.clear_holes(PageRun::new(63, 3))],
+        );
+        assert_eq!(counts.iter().sum::<u64>(), 4, "{counts:?}");
+        assert_eq!(map.next_holes(0), None);
+    });
+}
+
+/// Marking and clearing leave other pages of the word alone.
+#[test]
+fn holes_do_not_disturb_their_neighbours() {
+    loom::model(|| {
+        let map = map(4);
+        map.mark_holes(PageRun::new(0, 2));
+        let counts = race(
+            &map,
+            [
+                |m| m.clear_holes(one(0)),
+                |m| {
+                    m.mark_holes(one(3));
+                    0
+                },
+                |m| m.clear_holes(one(1)),
+            ],
+        );
+        assert_eq!(counts, [1, 0, 1]);
+        assert_eq!(map.next_holes(0), Some(one(3)));
+    });
+}
+
+/// A hole that gets its memory while it is given back: still zero, and no hole
+/// any more, which one of the two is told.
+#[test]
+fn a_hole_filled_and_given_back_stays_zero() {
+    loom::model(|| {
+        let map = map(2);
+        map.mark_zero(PageRun::new(0, 2));
+        map.mark_holes(PageRun::new(0, 2));
+        let [filled, given_back] = race(
+            &map,
+            [
+                |m| {
+                    m.publish(PageRun::new(0, 2));
+                    m.clear_holes(PageRun::new(0, 2))
+                },
+                |m| {
+                    assert_eq!(m.mark_zero(one(0)), 0);
+                    m.clear_holes(one(0))
+                },
+            ],
+        );
+        assert_eq!(filled + given_back, 2);
+        assert_eq!(map.next_holes(0), None);
+        assert_eq!([map.content(0), map.content(1)], [Content::Zero; 2]);
+        assert_eq!(map.next_source(0), None);
+        assert!(map.is_present(1));
     });
 }

@@ -22,15 +22,28 @@ fn map(pages: u64) -> PageMap<Vec<AtomicU64>> {
 
 /// What is known of every page, the slow way.
 #[derive(Debug)]
-struct Oracle(Vec<(bool, Content)>);
+struct Oracle {
+    /// Present, and content.
+    pages: Vec<(bool, Content)>,
+    holes: Vec<bool>,
+}
+
+fn bounds(run: PageRun) -> std::ops::Range<usize> {
+    usize::try_from(run.first).unwrap()..usize::try_from(run.end()).unwrap()
+}
 
 impl Oracle {
+    fn new(pages: u64) -> Self {
+        let pages = usize::try_from(pages).unwrap();
+        Self { pages: vec![(false, Content::Source); pages], holes: vec![false; pages] }
+    }
+
     fn run(&mut self, run: PageRun) -> &mut [(bool, Content)] {
-        &mut self.0[usize::try_from(run.first).unwrap()..usize::try_from(run.end()).unwrap()]
+        &mut self.pages[bounds(run)]
     }
 
     fn get(&self, page: u64) -> (bool, Content) {
-        self.0[usize::try_from(page).unwrap()]
+        self.pages[usize::try_from(page).unwrap()]
     }
 
     fn is_free(&self, page: u64) -> bool {
@@ -81,11 +94,32 @@ impl Oracle {
     }
 
     fn next_source(&self, from: u64) -> Option<u64> {
-        (from..self.0.len() as u64).find(|&p| self.is_free(p))
+        (from..self.pages.len() as u64).find(|&p| self.is_free(p))
+    }
+
+    fn mark_holes(&mut self, run: PageRun) {
+        self.holes[bounds(run)].fill(true);
+    }
+
+    fn clear_holes(&mut self, run: PageRun) -> u64 {
+        let mut count = 0;
+        for hole in &mut self.holes[bounds(run)] {
+            count += u64::from(std::mem::take(hole));
+        }
+        count
+    }
+
+    /// Ends where the hole does, or the word.
+    fn next_holes(&self, from: u64) -> Option<PageRun> {
+        let hole = |&p: &u64| self.holes[usize::try_from(p).unwrap()];
+        let pages = self.holes.len() as u64;
+        let first = (from..pages).find(hole)?;
+        let end = pages.min((first / 64 + 1) * 64);
+        Some(PageRun::new(first, (first..end).take_while(hole).count() as u64))
     }
 
     fn alike_from(&self, first: u64, max: u64) -> u64 {
-        let end = first.saturating_add(max).min(self.0.len() as u64);
+        let end = first.saturating_add(max).min(self.pages.len() as u64);
         (first..end).take_while(|&p| self.get(p) == self.get(first)).count() as u64
     }
 }
@@ -100,6 +134,9 @@ enum Op {
     MarkZero(PageRun),
     NextSource(u64),
     AlikeFrom(u64, u64),
+    MarkHoles(PageRun),
+    ClearHoles(PageRun),
+    NextHoles(u64),
 }
 
 fn page_counts() -> impl Strategy<Value = u64> {
@@ -138,6 +175,9 @@ fn op(pages: u64) -> impl Strategy<Value = Op> {
         1 => run(pages).prop_map(Op::MarkZero),
         2 => max(pages).prop_map(Op::NextSource),
         2 => (page(), max(pages)).prop_map(|(p, n)| Op::AlikeFrom(p, n.max(1))),
+        2 => run(pages).prop_map(Op::MarkHoles),
+        1 => run(pages).prop_map(Op::ClearHoles),
+        2 => max(pages).prop_map(Op::NextHoles),
     ]
 }
 
@@ -151,7 +191,7 @@ proptest! {
     #[test]
     fn agrees_with_a_vector((pages, ops) in scenario()) {
         let map = map(pages);
-        let mut oracle = Oracle(vec![(false, Content::Source); usize::try_from(pages).unwrap()]);
+        let mut oracle = Oracle::new(pages);
         for op in ops {
             match op {
                 Op::ClaimUp(first, max) => {
@@ -184,15 +224,25 @@ proptest! {
                     let expected = oracle.alike_from(first, max);
                     prop_assert_eq!(map.alike_from(first, max), expected, "{:?}", op);
                 }
+                Op::MarkHoles(run) => {
+                    map.mark_holes(run);
+                    oracle.mark_holes(run);
+                }
+                Op::ClearHoles(run) => {
+                    prop_assert_eq!(map.clear_holes(run), oracle.clear_holes(run), "{:?}", op);
+                }
+                Op::NextHoles(from) => {
+                    prop_assert_eq!(map.next_holes(from), oracle.next_holes(from), "{:?}", op);
+                }
             }
             for page in 0..pages {
                 let seen = (map.is_present(page), map.content(page));
                 prop_assert_eq!(seen, oracle.get(page), "page {} after {:?}", page, &op);
             }
-            let present = oracle.0.iter().filter(|(present, _)| *present).count();
+            let present = oracle.pages.iter().filter(|(present, _)| *present).count();
             prop_assert_eq!(map.count_present(), present as u64);
+            check_layout(&map, &oracle)?;
         }
-        check_layout(&map, &oracle)?;
     }
 }
 
@@ -200,17 +250,20 @@ proptest! {
 /// would do.
 fn check_layout(map: &PageMap<Vec<AtomicU64>>, oracle: &Oracle) -> Result<(), TestCaseError> {
     let words: Vec<u64> = map.storage().iter().map(|w| w.load(Ordering::Acquire)).collect();
-    let pages = oracle.0.len();
+    let pages = oracle.pages.len();
     let magic = u64::from_le_bytes(*b"VMPGMAP\0");
     prop_assert_eq!(&words[..HEADER_WORDS], &[magic, 1, pages as u64, 0, 0, 0, 0, 0]);
     let (present, rest) = words[HEADER_WORDS..].split_at(pages.div_ceil(64));
-    let (content, slack) = rest.split_at(pages.div_ceil(32));
+    let (content, rest) = rest.split_at(pages.div_ceil(32));
+    let (holes, slack) = rest.split_at(pages.div_ceil(64));
     for p in 0..present.len() * 64 {
-        let expected = oracle.0.get(p).is_some_and(|(present, _)| *present);
+        let expected = oracle.pages.get(p).is_some_and(|(present, _)| *present);
         prop_assert_eq!(present[p / 64] >> (p % 64) & 1 == 1, expected, "present bit {}", p);
+        let expected = oracle.holes.get(p) == Some(&true);
+        prop_assert_eq!(holes[p / 64] >> (p % 64) & 1 == 1, expected, "hole bit {}", p);
     }
     for p in 0..content.len() * 32 {
-        let expected = match oracle.0.get(p).map(|(_, content)| content) {
+        let expected = match oracle.pages.get(p).map(|(_, content)| content) {
             None | Some(Content::Source) => 0,
             Some(Content::Claimed) => 1,
             Some(Content::Zero) => 2,
@@ -235,6 +288,8 @@ fn an_empty_map_is_harmless() {
     assert_eq!(map.claim_up(0, 5), 0);
     assert_eq!(map.claim_down(0, 5), 0);
     assert_eq!(map.next_source(0), None);
+    assert_eq!(map.next_holes(0), None);
+    assert_eq!(map.clear_holes(PageRun::new(0, 0)), 0);
     assert_eq!(map.count_present(), 0);
     assert_eq!(map.mark_zero(PageRun::new(0, 0)), 0);
 }

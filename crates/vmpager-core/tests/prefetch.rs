@@ -79,21 +79,48 @@ fn a_page_beyond_the_map_gets_no_neighbours() {
 }
 
 #[test]
-fn fill_pieces_grow_until_somebody_faults() {
+fn fill_pieces_grow_to_2_mib() {
     let mut pace = FillPace::new();
-    let small = pace.next_pages();
-    assert!(small.is_power_of_two() && small <= 64, "{small} pages");
-    let mut expected = small;
-    for _ in 0..12 {
-        expected = (2 * expected).min(512);
-        assert_eq!(pace.next_pages(), expected);
+    let pieces: Vec<u64> = (0..8).map(|_| pace.next_pages()).collect();
+    assert_eq!(pieces, [16, 32, 64, 128, 256, 512, 512, 512]);
+    assert_eq!(FillPace::default().next_pages(), 16);
+}
+
+/// Up to 32 MiB in place, a fault makes the next piece a sixteenth of that, to
+/// a power of two below.
+#[test]
+fn a_piece_after_a_fault_is_a_fraction_of_what_is_filled() {
+    let mut pace = FillPace::new();
+    let mut filled = 0;
+    let mut seen = Vec::new();
+    while filled < 16 * 512 + 1024 {
+        pace.demanded();
+        pace.demanded();
+        let piece = pace.next_pages();
+        let most = (filled / 16).clamp(16, 512);
+        assert!(piece.is_power_of_two() && piece <= most && most < 2 * piece, "{piece}, {filled}");
+        filled += piece;
+        seen.push(piece);
     }
-    assert_eq!(expected, 512);
+    seen.dedup();
+    assert_eq!(seen, [16, 32, 64, 128, 256, 512]);
+}
+
+#[test]
+fn pieces_grow_again_from_the_fraction() {
+    let mut pace = FillPace::new();
+    let filled: u64 = (0..8).map(|_| pace.next_pages()).sum();
+    assert_eq!(filled, 2032);
     pace.demanded();
-    assert_eq!(pace.next_pages(), small);
-    pace.demanded();
-    pace.demanded();
-    assert_eq!(pace.next_pages(), small);
-    assert_eq!(pace.next_pages(), 2 * small);
-    assert_eq!(FillPace::default().next_pages(), small);
+    let pieces: Vec<u64> = (0..5).map(|_| pace.next_pages()).collect();
+    assert_eq!(pieces, [64, 128, 256, 512, 512]);
+}
+
+#[test]
+fn faults_alone_fill_nothing() {
+    let mut pace = FillPace::new();
+    for _ in 0..10_000 {
+        pace.demanded();
+    }
+    assert_eq!(pace.next_pages(), 16);
 }

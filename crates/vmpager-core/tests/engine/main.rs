@@ -9,7 +9,7 @@ mod world;
 
 use proptest::prelude::*;
 use vmpager_core::prefetch::NeighbourPolicy;
-use vmpager_core::{FillPlan, Hva, PageRun, PageSize, Slot};
+use vmpager_core::{ByteRange, FillPlan, Hva, PageRun, PageSize, Slot};
 
 use script::{layout, policy, step};
 use world::{Outcome, World};
@@ -107,7 +107,7 @@ fn a_page_lost_silently_becomes_zero() {
 #[test]
 fn installed_parts_are_no_longer_claimed() {
     let mut world = World::new(&[slot(HVA, 16, 0)], &[], NeighbourPolicy::Off);
-    let FillPlan::Fetch(run) = world.fill() else { panic!("pages are left") };
+    let FillPlan::Fetch(run) = world.fill(16) else { panic!("pages are left") };
     let engine = &mut world.engine;
     engine.installed(PageRun::new(3, 4));
     engine.poisoned(PageRun::new(9, 1));
@@ -127,20 +127,126 @@ fn an_address_outside_every_slot_has_no_plan() {
     world.check();
 }
 
-/// Nobody faults: the fill alone brings everything, in growing pieces.
+/// Nobody faults: the fill alone brings everything, in growing pieces that
+/// end with their 2 MiB.
 #[test]
 fn the_fill_completes_alone() {
     let mut world = World::new(&[slot(HVA, 700, 0)], &[], NeighbourPolicy::default());
     let mut pieces = Vec::new();
     loop {
-        match world.fill() {
+        let piece = world.engine.fill_piece();
+        match world.fill(piece) {
             FillPlan::Fetch(run) => pieces.push(run.count),
             FillPlan::Wait => world.end_read(0, Outcome::Install),
             FillPlan::Complete => break,
+            FillPlan::Zero(run) => panic!("{run:?} is no hole"),
         }
         world.check();
     }
-    let (last, grown) = pieces.split_last().unwrap();
-    assert!(grown.is_sorted() && grown.first() < grown.last(), "{pieces:?}");
-    assert_eq!(grown.iter().sum::<u64>() + last, 700);
+    assert_eq!(pieces, [16, 32, 64, 128, 256, 16, 188]);
+}
+
+fn source_pages(first: u64, count: u64) -> ByteRange {
+    ByteRange::new(first * 4096, count * 4096)
+}
+
+/// Fills the world to the end, whose every read ends well; the runs of zeroes.
+fn zeroes_of(world: &mut World) -> Vec<PageRun> {
+    let mut zeroes = Vec::new();
+    loop {
+        match world.fill(u64::MAX) {
+            FillPlan::Zero(run) => zeroes.push(run),
+            FillPlan::Fetch(_) => world.end_read(0, Outcome::Install),
+            FillPlan::Wait => panic!("nothing is under way"),
+            FillPlan::Complete => return zeroes,
+        }
+        world.check();
+    }
+}
+
+/// The fill gives memory to holes below 2 MiB, in their turn, and to no other.
+#[test]
+fn small_holes_get_memory() {
+    let holes = [source_pages(3, 2), source_pages(100, 511), source_pages(700, 512)];
+    let slots = [slot(HVA, 1500, 0)];
+    let mut world = World::new(&slots, &holes, NeighbourPolicy::Off);
+    assert_eq!(world.fill(16), FillPlan::Fetch(PageRun::new(0, 3)));
+    assert_eq!(world.fill(1), FillPlan::Zero(PageRun::new(3, 1)));
+    assert_eq!(world.fill(16), FillPlan::Zero(PageRun::new(4, 1)));
+    assert_eq!(world.fill(16), FillPlan::Fetch(PageRun::new(5, 16)));
+    world.end_read(0, Outcome::Install);
+    world.end_read(0, Outcome::Install);
+    let zeroes: u64 = zeroes_of(&mut world).iter().map(|run| run.count).sum();
+    assert_eq!(zeroes, 511);
+    assert_eq!(world.engine.map().count_present(), 1500 - 512);
+}
+
+/// A hole is as large as its part of a slot; huge pages are never in one.
+#[test]
+fn holes_are_small_or_large_per_slot() {
+    let huge = Slot { page_size: PageSize::Size2M, ..slot(HVA, 512, 0) };
+    let slots =
+        [huge, slot(HVA + (1 << 30), 600, 512 * 4096), slot(HVA + (2 << 30), 300, 1112 * 4096)];
+    let mut world = World::new(&slots, &[source_pages(0, 1012)], NeighbourPolicy::Off);
+    let zeroes: Vec<u64> = zeroes_of(&mut world).iter().flat_map(PageRun::pages).collect();
+    assert_eq!(zeroes, (1..501).collect::<Vec<_>>());
+    let mut world = World::new(&slots, &[source_pages(512, 900)], NeighbourPolicy::Off);
+    let zeroes: Vec<u64> = zeroes_of(&mut world).iter().flat_map(PageRun::pages).collect();
+    assert_eq!(zeroes, (601..901).collect::<Vec<_>>(), "600 pages of the other are large");
+}
+
+/// Who got memory, or was given back, is owed none.
+#[test]
+fn a_hole_is_filled_once() {
+    let holes = [source_pages(0, 8)];
+    let mut world = World::new(&[slot(HVA, 8, 0)], &holes, NeighbourPolicy::Off);
+    world.touch(1);
+    world.deliver_faults();
+    world.begin_remove(3, 4);
+    world.deliver_event();
+    world.let_go();
+    world.zap();
+    world.engine.replaced_by_zero(5);
+    let zeroes: Vec<u64> = {
+        let engine = &mut world.engine;
+        let mut pages = Vec::new();
+        while let FillPlan::Zero(run) = engine.next_fill(64) {
+            pages.extend(run.pages());
+            engine.installed(run);
+        }
+        pages
+    };
+    assert_eq!(zeroes, [0, 2, 4, 6, 7]);
+    assert_eq!(world.engine.next_fill(64), FillPlan::Complete);
+}
+
+/// The fill is not complete while zeroes are on their way, and asks again for
+/// those that could not be installed.
+#[test]
+fn holes_on_their_way_are_waited_for() {
+    let holes = [source_pages(0, 8)];
+    let mut world = World::new(&[slot(HVA, 8, 0)], &holes, NeighbourPolicy::Off);
+    let engine = &mut world.engine;
+    assert_eq!(engine.outstanding(), 0);
+    assert_eq!(engine.next_fill(64), FillPlan::Zero(PageRun::new(0, 8)));
+    assert_eq!(engine.next_fill(64), FillPlan::Wait);
+    engine.installed(PageRun::new(0, 5));
+    engine.released(PageRun::new(5, 3));
+    assert_eq!(engine.next_fill(64), FillPlan::Zero(PageRun::new(5, 3)));
+    assert_eq!(engine.next_fill(64), FillPlan::Wait);
+    engine.installed(PageRun::new(5, 3));
+    assert_eq!(engine.next_fill(64), FillPlan::Complete);
+}
+
+/// A hole that is heard of when the fill has gone past it, and twice.
+#[test]
+fn a_hole_may_be_known_late() {
+    let mut world = World::new(&[slot(HVA, 64, 0)], &[], NeighbourPolicy::Off);
+    world.fill(32);
+    world.known_zero(source_pages(8, 8));
+    world.known_zero(source_pages(12, 8));
+    world.check();
+    assert_eq!(world.fill(64), FillPlan::Zero(PageRun::new(8, 12)));
+    world.end_read(0, Outcome::Install);
+    world.run_out();
 }

@@ -25,8 +25,10 @@ pub(crate) enum Step {
     LetGo,
     /// Its madvise takes the pages away.
     Zap,
-    /// The pager is idle and fills.
+    /// The pager is idle and fills, a piece.
     Fill,
+    /// A run of so many base pages at most.
+    FillSome(u64),
     /// A read ends.
     EndRead(Index, Outcome),
 }
@@ -42,6 +44,7 @@ pub(crate) fn step() -> impl Strategy<Value = Step> {
         4 => Just(Step::LetGo),
         4 => Just(Step::Zap),
         4 => Just(Step::Fill),
+        3 => prop_oneof![1..100_u64, Just(u64::MAX)].prop_map(Step::FillSome),
         8 => (page(), outcome()).prop_map(|(read, outcome)| Step::EndRead(read, outcome)),
     ]
 }
@@ -67,7 +70,7 @@ pub(crate) fn policy() -> impl Strategy<Value = NeighbourPolicy> {
 /// source.
 pub(crate) fn layout() -> impl Strategy<Value = (Vec<Slot>, Vec<ByteRange>)> {
     let pages = prop_oneof![
-        prop::sample::select(vec![1_u64, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 600]),
+        prop::sample::select(vec![1_u64, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 600, 700]),
         1..150_u64,
     ];
     let piece = (prop::bool::weighted(0.2), pages, 0..2_u64, 0..2_u64);
@@ -75,7 +78,8 @@ pub(crate) fn layout() -> impl Strategy<Value = (Vec<Slot>, Vec<ByteRange>)> {
         let order: Vec<usize> = (0..pieces.len()).collect();
         (Just(pieces), Just(order).prop_shuffle())
     });
-    let holes = prop::collection::vec((0..1_u64 << 22, 0..1_u64 << 19), 0..3);
+    let len = prop_oneof![4 => 0..1_u64 << 19, 1 => 0..1_u64 << 22];
+    let holes = prop::collection::vec((0..1_u64 << 22, len), 0..5);
     (slots, holes).prop_map(|((pieces, order), holes)| {
         let mut offset = 0;
         let mut slots: Vec<Slot> = pieces

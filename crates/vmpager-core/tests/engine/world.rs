@@ -7,15 +7,14 @@
 //! has not run again, installs fail with EAGAIN; the zap comes after that.
 
 mod checks;
+mod fill;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::AtomicU64;
 
 use vmpager_core::page_map::words_for;
 use vmpager_core::prefetch::{FillPace, NeighbourPolicy};
-use vmpager_core::{
-    ByteRange, Content, Engine, FaultPlan, FillPlan, Hva, PageRun, PageSize, Slot, SlotSet,
-};
+use vmpager_core::{ByteRange, Content, Engine, FaultPlan, Hva, PageRun, PageSize, Slot, SlotSet};
 
 use crate::script::Step;
 
@@ -45,6 +44,8 @@ enum Memory {
 #[derive(Clone, Copy, Debug)]
 struct Page {
     hva: u64,
+    /// Where its bytes start in the source.
+    source_offset: u64,
     size: PageSize,
     slot: PageRun,
     memory: Memory,
@@ -54,6 +55,10 @@ struct Page {
     /// The guest gave it back, or the source has a hole: source bytes are
     /// wrong for ever.
     must_be_zero: bool,
+    /// The guest gave it back: it may be absent.
+    given_back: bool,
+    /// It lies in a small hole, and the fill owes it memory.
+    hole: bool,
 }
 
 /// A madvise under way, as addresses.
@@ -94,33 +99,31 @@ impl World {
         let source_len = slots.iter().map(|s| s.source_offset + s.len).max().unwrap();
         let set = SlotSet::new(slots, source_len).unwrap();
         let words: Vec<_> = (0..words_for(set.pages())).map(|_| AtomicU64::new(0)).collect();
-        let mut engine = Engine::new(set, words.into_boxed_slice(), policy);
+        let engine = Engine::new(set, words.into_boxed_slice(), policy);
         let mut pages = Vec::new();
         for slot in slots {
             let all = PageRun::new(pages.len() as u64, slot.pages());
             for i in 0..all.count {
                 let len = slot.page_size.bytes();
-                let source = ByteRange::new(slot.source_offset + i * len, len);
-                let hole = holes.iter().any(|h| h.start <= source.start && source.end() <= h.end());
                 pages.push(Page {
                     hva: slot.hva.0 + i * len,
+                    source_offset: slot.source_offset + i * len,
                     size: slot.page_size,
                     slot: all,
                     memory: Memory::Absent,
-                    content: if hole { Content::Zero } else { Content::Source },
+                    content: Content::Source,
                     present: false,
-                    must_be_zero: hole,
+                    must_be_zero: false,
+                    given_back: false,
+                    hole: false,
                 });
             }
-        }
-        for &hole in holes {
-            engine.known_zero(hole);
         }
         let first_window = match policy {
             NeighbourPolicy::Off => 0,
             NeighbourPolicy::Adaptive { first_window_shift } => first_window_shift.min(9),
         };
-        Self {
+        let mut world = Self {
             engine,
             policy,
             windows: vec![first_window; pages.len().div_ceil(512)],
@@ -133,7 +136,11 @@ impl World {
             zapping: VecDeque::new(),
             reads: Vec::new(),
             pace: FillPace::new(),
+        };
+        for &hole in holes {
+            world.known_zero(hole);
         }
+        world
     }
 
     pub(crate) fn apply(&mut self, step: &Step) {
@@ -153,7 +160,8 @@ impl World {
             Step::DeliverEvent => self.deliver_event(),
             Step::LetGo => self.let_go(),
             Step::Zap => self.zap(),
-            Step::Fill => _ = self.fill(),
+            Step::Fill => self.fill_piece(),
+            Step::FillSome(most) => _ = self.fill(*most),
             Step::EndRead(read, outcome) if !self.reads.is_empty() => {
                 self.end_read(read.index(self.reads.len()), *outcome);
             }
@@ -309,8 +317,14 @@ impl World {
                 return;
             }
             self.engine.installed(PageRun::new(page, 1));
-            self.pages[at(page)].present = true;
+            self.has_memory(page);
         }
+    }
+
+    /// What the engine was just told.
+    fn has_memory(&mut self, page: u64) {
+        let p = &mut self.pages[at(page)];
+        (p.present, p.hole) = (true, false);
     }
 
     fn confirm(&mut self, page: u64) {
@@ -321,7 +335,7 @@ impl World {
         let p = &mut self.pages[at(page)];
         if p.memory == Memory::Absent {
             // The kernel has spoken: the page was given back.
-            (p.must_be_zero, p.content) = (true, Content::Zero);
+            (p.must_be_zero, p.given_back, p.content) = (true, true, Content::Zero);
             self.engine.replaced_by_zero(page);
         }
         assert!(self.install(page, Memory::Zero));
@@ -332,7 +346,7 @@ impl World {
         let mut count = 0;
         for page in &mut self.pages {
             if (removal.start..removal.end).contains(&page.hva) {
-                page.must_be_zero = true;
+                (page.must_be_zero, page.given_back, page.hole) = (true, true, false);
                 (page.present, page.content) = (false, Content::Zero);
                 count += 1;
             }
@@ -340,35 +354,6 @@ impl World {
         let told = self.engine.removed(Hva(removal.start), Hva(removal.end));
         assert_eq!(told, count, "{removal:x?}");
         self.stopped.push_back(removal);
-    }
-
-    pub(crate) fn fill(&mut self) -> FillPlan {
-        let free = |p: &Page| !p.present && p.content == Content::Source;
-        let first = self.pages.iter().position(free);
-        let plan = self.engine.next_fill();
-        match plan {
-            FillPlan::Fetch(run) => {
-                let first = first.expect("something to fetch") as u64;
-                let p = self.pages[at(first)];
-                let piece = match p.size {
-                    PageSize::Size4K => {
-                        let piece = self.pace.next_pages();
-                        piece - first % piece
-                    }
-                    PageSize::Size2M => 1,
-                };
-                let end = (first + piece).min(p.slot.end());
-                let expected = (first..end).take_while(|&i| free(&self.pages[at(i)])).count();
-                assert_eq!(run, PageRun::new(first, expected as u64));
-                self.claim(run);
-            }
-            FillPlan::Wait => {
-                assert_eq!(first, None, "something is left to fetch");
-                assert!(!self.reads.is_empty(), "nothing to wait for");
-            }
-            FillPlan::Complete => assert_eq!(self.outstanding(), 0),
-        }
-        plan
     }
 
     fn claim(&mut self, run: PageRun) {
@@ -422,7 +407,7 @@ impl World {
             (PageRun::new(part.first, done), PageRun::new(part.first + done, part.count - done));
         self.engine.installed(done);
         for page in done.pages() {
-            self.pages[at(page)].present = true;
+            self.has_memory(page);
         }
         if rest.count > 0 {
             self.release(rest);

@@ -46,12 +46,23 @@ impl World {
         for (i, p) in (0..).zip(&self.pages) {
             assert_eq!((map.is_present(i), map.content(i)), (p.present, p.content), "page {i}");
         }
+        let holes = (0..).zip(&self.pages).filter(|(_, p)| p.hole).map(|(i, _)| i);
+        assert_eq!(self.map_holes(), holes.collect::<Vec<u64>>());
         for page in &self.waiting {
             let heard = self.messages.contains(page)
                 || self.postponed.contains(page)
                 || self.reads.iter().any(|run| run.pages().contains(page));
             assert!(heard, "nobody will wake who waits for page {page}");
         }
+    }
+
+    fn map_holes(&self) -> Vec<u64> {
+        let (map, mut pages, mut from) = (self.engine.map(), Vec::new(), 0);
+        while let Some(run) = map.next_holes(from) {
+            pages.extend(run.pages());
+            from = run.end();
+        }
+        pages
     }
 
     /// Lets everything come to rest, and checks that nobody waits and nothing
@@ -65,7 +76,7 @@ impl World {
             if !self.reads.is_empty() {
                 self.end_read(0, Outcome::Install);
             }
-            let filled = self.fill() == FillPlan::Complete;
+            let filled = self.fill(16) == FillPlan::Complete;
             self.check();
             if filled && self.is_quiet() {
                 return self.check_at_rest();
@@ -87,7 +98,11 @@ impl World {
             let p = self.pages[at(page)];
             let sound = match p.content {
                 Content::Claimed => p.present && p.memory != Memory::Absent || p.must_be_zero,
-                Content::Zero => p.must_be_zero,
+                // A large hole stays absent; who has memory keeps it.
+                Content::Zero => {
+                    p.must_be_zero && !p.hole && (p.memory == Memory::Zero) >= p.present
+                        || p.given_back
+                }
                 Content::Poisoned => true,
                 Content::Source => false,
             };
