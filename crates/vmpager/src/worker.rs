@@ -134,6 +134,9 @@ const READER: u64 = u64::MAX - 1;
 /// fault.
 const LOOKS: u32 = 16;
 
+/// Pauses shorter than this are not slept through.
+const SHORT: Duration = Duration::from_micros(300);
+
 /// Starts a worker.
 pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
     let reader = config.source.open_reader()?;
@@ -230,7 +233,14 @@ impl Worker {
                     let retries = self.memories.values().filter_map(Served::retry_at);
                     let stop = self.stopping.as_ref().map(|(until, _)| *until);
                     due = due.into_iter().chain(retries).chain(stop).min();
-                    due.map(|at| at.saturating_duration_since(Instant::now()))
+                    match due.map(|at| at.saturating_duration_since(Instant::now())) {
+                        Some(pause) if pause < SHORT => {
+                            // epoll would sleep for a whole millisecond.
+                            std::thread::yield_now();
+                            Some(Duration::ZERO)
+                        }
+                        pause => pause,
+                    }
                 }
             };
             looks = 0;
