@@ -6,10 +6,10 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::{Holds, PAGE, Random, faulty, mapping, page, range};
+use common::{Holds, PAGE, Random, faulty, mapping, numbered, page, range};
 use vmpager::core::ByteRange;
 use vmpager::{NeighbourPolicy, Pager};
 use vmpager_store::FaultySource;
@@ -258,4 +258,54 @@ fn traps_1_to_3_in_a_race_a_page_turns_from_source_to_zero_and_never_back() {
         total.add(contested.removals.into_inner(), &pager);
     }
     total.assert_enough();
+}
+
+#[test]
+fn trap_2_a_page_that_vanishes_just_after_its_install_is_installed_again() {
+    begin!();
+    // One thread gives back an absent page while another touches it: the
+    // install may come after the event was read, and before the kernel zaps.
+    let rounds = 5_000;
+    let memory = mapping(rounds);
+    let pager = Pager::builder(numbered(rounds))
+        .region(&range(&memory), 0)
+        .neighbours(NeighbourPolicy::Off)
+        .start()
+        .unwrap();
+    memory.discard(0..rounds * PAGE).unwrap();
+    let ready = [AtomicUsize::new(0), AtomicUsize::new(0)];
+    let meet = |own: usize, round: usize| {
+        ready[own].store(round + 1, Ordering::Release);
+        while ready[1 - own].load(Ordering::Acquire) <= round {
+            std::thread::yield_now();
+        }
+    };
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Keeps the address space busy, for which the zap has to wait and the
+        // install has not.
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let other = Mapping::anonymous(64 * PAGE).unwrap();
+                other.populate(0..other.len()).unwrap();
+            }
+        });
+        scope.spawn(|| {
+            for round in 0..rounds {
+                meet(0, round);
+                memory.discard(round * PAGE..(round + 1) * PAGE).unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        for round in 0..rounds {
+            meet(1, round);
+            assert_eq!(page(&memory, round * PAGE), Holds::Zero, "page {round}");
+        }
+    });
+    // Nobody removes anything any more, and each page comes back.
+    for round in 0..rounds {
+        assert_eq!(page(&memory, round * PAGE), Holds::Zero, "page {round}");
+    }
+    let stats = pager.stats();
+    println!("{} pages had vanished", stats.faults_confirmed);
 }
