@@ -12,8 +12,9 @@ pub fn skipped(why: &str) {
     let number = SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
-    // Nobody is there to hear of a failure.
-    let _ = writeln!(std::io::stderr(), "skipped: {why} (no. {number} here: {test})");
+    let line = format!("skipped: {why} (no. {number} here: {test})\n");
+    // In one piece, for lines not to mix. Nobody is there to hear of a failure.
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
-use vmpager_core::{FillPlan, PageData, PageRun, Priority, SourceError};
+use vmpager_core::{FillPlan, PageData, PageRun, PageSize, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
 use super::install::{FIRST_RETRY, Put, PutEnd};
@@ -101,31 +101,38 @@ impl Served {
 
     /// One piece of the background fill.
     pub(crate) fn fill(&mut self, reads: &mut Reads) -> Result<Filled, Lost> {
+        if !self.may_fill(reads) {
+            return Ok(Filled::Wait);
+        }
+        // In base pages, also where the memory is made of huge ones.
         let piece = self.engine.fill_piece();
         let mut done = 0;
-        while done < piece {
-            if !reads.may_fill() || self.retry.at.is_some() {
-                break;
-            }
-            match self.engine.next_fill(piece - done) {
+        while done < piece && self.may_fill(reads) {
+            let run = match self.engine.next_fill(piece - done) {
                 FillPlan::Fetch(run) => {
                     self.fill_fetch(run, reads)?;
-                    done += run.count;
+                    run
                 }
                 FillPlan::Zero(run) => {
                     let end = self.put(run, Put::Zeroes)?;
                     self.counters.pages_zero += end.pages;
                     self.put_off_rest(end, reads)?;
-                    done += run.count;
+                    run
                 }
                 FillPlan::Complete if !self.must_hold && done == 0 => {
                     self.counters.fill_took = Some(self.counters.started.elapsed());
                     return Ok(Filled::All);
                 }
                 FillPlan::Wait | FillPlan::Complete => break,
-            }
+            };
+            done += self.address(run).1 >> PageSize::Size4K.shift();
         }
         Ok(if done > 0 { Filled::Some } else { Filled::Wait })
+    }
+
+    /// Whether the fill need not wait for reads in flight or for a pause.
+    fn may_fill(&self, reads: &Reads) -> bool {
+        reads.may_fill() && self.retry.at.is_none()
     }
 
     fn fill_fetch(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
