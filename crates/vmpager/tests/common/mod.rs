@@ -45,7 +45,7 @@ pub(crate) fn have_userfaultfd() -> bool {
     match Userfaultfd::open(Features::EVENT_REMOVE) {
         Ok(_) => true,
         Err(error) => {
-            vmpager_testing::skipped(&format!("no userfaultfd ({error})"));
+            vmpager_testing::skipped(&error.to_string());
             false
         }
     }
@@ -215,7 +215,7 @@ pub(crate) struct HugePool {
 }
 
 pub(crate) fn huge_pool(pages: usize) -> Option<HugePool> {
-    let lock = File::create(std::env::temp_dir().join("vmpager-tests-hugetlb.lock")).unwrap();
+    let lock = File::create(concat!(env!("CARGO_TARGET_TMPDIR"), "/hugetlb.lock")).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let free = free_huge_pages();
     if free < pages {
