@@ -6,13 +6,14 @@
 //! ioctl_userfaultfd(2). Structures come from `linux-raw-sys`; their sizes and
 //! the ioctl numbers built from them are checked at compile time.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use linux_raw_sys::general as raw;
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use rustix::ioctl::{self, Opcode, Updater, opcode};
 
 use crate::memory::GuestRange;
@@ -258,6 +259,8 @@ impl Default for Messages {
 pub struct Userfaultfd {
     fd: OwnedFd,
     features: Features,
+    /// Whether reads can be told not to wait, as far as is known.
+    nowait: AtomicBool,
 }
 
 impl AsFd for Userfaultfd {
@@ -285,7 +288,7 @@ impl Userfaultfd {
         // SAFETY: UFFDIO_API reads and writes one uffdio_api.
         let result = unsafe { update::<API, _>(&fd, &mut api) };
         result.map_err(|e| OpenError::Features { wanted: features.0, error: e.into() })?;
-        Ok(Self { fd, features })
+        Ok(Self { fd, features, nowait: AtomicBool::new(true) })
     }
 
     /// Takes over a userfaultfd made and negotiated by another process. Its
@@ -303,7 +306,8 @@ impl Userfaultfd {
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(io::Error::from)?;
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
-        Ok(Self { fd, features: Features(features_in_fdinfo(&info)) })
+        let features = Features(features_in_fdinfo(&info));
+        Ok(Self { fd, features, nowait: AtomicBool::new(true) })
     }
 
     /// A second descriptor for the same userfaultfd, to hand to another
@@ -414,16 +418,32 @@ impl Userfaultfd {
 
     /// Reads what is pending into `messages`, without waiting.
     ///
+    /// Asks for that with each read where the kernel can (6.18 does):
+    /// the process that handed the descriptor over shares its flags, and could
+    /// clear `O_NONBLOCK` at any time.
+    ///
     /// # Errors
     ///
     /// Anything but "nothing there", which leaves `messages` empty.
     pub fn read(&self, messages: &mut Messages) -> io::Result<()> {
         messages.filled = 0;
         loop {
-            match rustix::io::read(&self.fd, &mut messages.bytes[..]) {
+            let result = if self.nowait.load(Ordering::Relaxed) {
+                let mut bytes = [IoSliceMut::new(&mut messages.bytes[..])];
+                // An offset of -1 is none.
+                rustix::io::preadv2(&self.fd, &mut bytes, u64::MAX, ReadWriteFlags::NOWAIT)
+            } else {
+                rustix::io::read(&self.fd, &mut messages.bytes[..])
+            };
+            match result {
                 Ok(n) => messages.filled = n,
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => {}
+                Err(Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS)
+                    if self.nowait.swap(false, Ordering::Relaxed) =>
+                {
+                    continue;
+                }
                 Err(e) => return Err(e.into()),
             }
             return Ok(());
@@ -514,4 +534,48 @@ fn features_in_fdinfo(info: &str) -> u64 {
         .and_then(|api| api.trim().split(':').nth(1))
         .and_then(|features| u64::from_str_radix(features, 16).ok())
         .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_does_not_wait_though_the_peer_made_the_descriptor_blocking() {
+        let uffd = match Userfaultfd::open(Features::NONE) {
+            Ok(uffd) => uffd,
+            Err(error) => return vmpager_testing::skipped(&error.to_string()),
+        };
+        let mut messages = Messages::new();
+        uffd.read(&mut messages).expect("nothing there is no error");
+        if !uffd.nowait.load(Ordering::Relaxed) {
+            return vmpager_testing::skipped("this kernel's userfaultfd knows no RWF_NOWAIT");
+        }
+        rustix::fs::fcntl_setfl(&uffd.fd, OFlags::empty()).expect("flags can be set");
+        uffd.read(&mut messages).expect("nothing there is no error");
+        assert!(messages.is_empty());
+    }
+
+    #[test]
+    fn features_are_read_from_fdinfo() {
+        let info = "pos:\t0\nflags:\t02004002\npending:\t0\ntotal:\t0\nAPI:\taa:8:1ffff\n";
+        assert!(Features(features_in_fdinfo(info)).contains(Features::EVENT_REMOVE));
+        assert_eq!(features_in_fdinfo("pos:\t0\n"), 0);
+        assert_eq!(features_in_fdinfo("API:\taa:zz"), 0);
+    }
+
+    #[test]
+    fn an_install_goes_on_from_where_the_kernel_stopped() {
+        // As EAGAIN, with a count short of the range, then EEXIST.
+        let answers = [(Err(Errno::AGAIN), 4096), (Err(Errno::EXIST), -17)];
+        let mut answers = answers.into_iter();
+        let result = install(3 * 4096, |_| answers.next().expect("asked twice"));
+        assert_eq!(result, Installed { bytes: 4096, stop: Some(Stop::Present) });
+        // Older kernels leave the field alone.
+        let result = install(4096, |_| (Err(Errno::AGAIN), 0));
+        assert_eq!(result, Installed { bytes: 0, stop: Some(Stop::Changing) });
+        let result =
+            install(2 * 4096, |done| (Ok(()), i64::try_from(2 * 4096 - done).expect("small")));
+        assert_eq!(result, Installed { bytes: 2 * 4096, stop: None });
+    }
 }

@@ -86,6 +86,13 @@ pub struct PagerBuilder {
 /// # }
 /// ```
 ///
+/// # What it cannot see
+///
+/// A child that this process forks gets a copy of the memory that nobody
+/// serves, and reads zeroes where pages are missing: mark the memory
+/// `MADV_DONTFORK`. In shared memory (`MAP_SHARED`), a page that others give
+/// back or fill is not told apart from a missing one: serve private memory.
+///
 /// # Dropping
 ///
 /// Once every page is in place ([`wait_filled`](Self::wait_filled)) the pager

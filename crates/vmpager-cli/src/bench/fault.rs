@@ -317,11 +317,14 @@ fn pager_fill(source: &Arc<dyn PageSource>, bytes: usize, seed: u32) -> anyhow::
             let mut state = u64::from(seed) * 2 + 1;
             let mut longest = Duration::ZERO;
             let pages = memory.len() / 4096;
-            while !done.load(Ordering::Relaxed) {
+            loop {
                 let page = usize::try_from(next_random(&mut state)).unwrap_or(0) % pages;
                 let before = Instant::now();
                 std::hint::black_box(memory.read_u64(page * 4096));
                 longest = longest.max(before.elapsed());
+                if done.load(Ordering::Relaxed) {
+                    break;
+                }
             }
             longest
         });
