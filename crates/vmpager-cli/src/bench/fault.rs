@@ -23,7 +23,7 @@ use vmpager_sys::file_map::FileMap;
 use vmpager_sys::memory::Mapping;
 use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
 
-use super::{median, round};
+use super::{median, round, to_f64};
 use crate::scratch::Scratch;
 use crate::{output, size};
 
@@ -386,11 +386,6 @@ fn fill_row(bytes: u64, rounds: &[FillRound]) -> Fill {
         worst_touch_us: round(us(worst)),
         noise_us: round(median(rounds.iter().map(|r| us(r.filled.noise)))),
     }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^53")]
-fn to_f64(number: u64) -> f64 {
-    number as f64
 }
 
 fn nanos_to_us(nanos: u64) -> f64 {

@@ -35,3 +35,8 @@ fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
 fn round(number: f64) -> f64 {
     (number * 1000.0).round() / 1000.0
 }
+
+#[expect(clippy::cast_precision_loss, reason = "counts and sizes stay far below 2^53")]
+fn to_f64(number: u64) -> f64 {
+    number as f64
+}

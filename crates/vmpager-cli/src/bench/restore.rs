@@ -6,7 +6,7 @@ use anyhow::bail;
 use serde::Serialize;
 use vmpager_vm::{SnapshotPaths, Vm, VmConfig};
 
-use super::{median, round};
+use super::{median, round, to_f64};
 use crate::output;
 use crate::restore::{Cache, Mode, Restored, Work, prepare_cache, restore, warm_up_memory};
 use crate::scratch::Scratch;
@@ -155,11 +155,6 @@ fn rows_of(modes: &[Mode], cache: Cache, runs: &[Vec<Restored>]) -> Vec<Row> {
         }
     };
     modes.iter().map(|mode| row(*mode)).collect()
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts and sizes stay far below 2^53")]
-fn to_f64(number: u64) -> f64 {
-    number as f64
 }
 
 fn show(report: &Report) -> anyhow::Result<()> {
