@@ -120,6 +120,11 @@ fn bench_restore_compares_with_mmap_and_the_naive_handler() {
         assert!(row["ratio_mmap"].as_f64().unwrap() > 0.0);
         assert!(row["ratio_naive"].as_f64().unwrap() > 0.0);
     }
+    for row in rows.iter().filter(|row| row["mode"].as_str().unwrap().starts_with("on-demand")) {
+        // 4 bits for each of 4096 pages, and 16 MiB.
+        let rss = row["pager_rss_bytes"].as_f64().unwrap();
+        assert!(rss < f64::from((16 << 20) + 2048), "the pager had {rss} bytes resident");
+    }
     let faults = |mode: &str| {
         let row = rows.iter().find(|row| row["mode"] == mode).unwrap();
         row["faults"].as_f64().unwrap()

@@ -154,7 +154,8 @@ impl PagerBuilder {
     }
 
     /// The longest time to poll for the next fault before sleeping. The
-    /// default, 100 us, is spent only while faults keep coming.
+    /// default, 100 us (none on a single CPU), is spent only while faults keep
+    /// coming.
     #[must_use]
     pub fn max_polling(mut self, max: Duration) -> Self {
         self.max_polling = max;
@@ -215,7 +216,7 @@ impl Pager {
             source,
             regions: Vec::new(),
             options: ServeOptions::default(),
-            max_polling: DEFAULT_MAX_POLLING,
+            max_polling: crate::polling::default_max(),
         }
     }
 
@@ -269,9 +270,6 @@ impl Pager {
         tally.summary(self.memory.0, 0, reason)
     }
 }
-
-/// Longer gaps than this are better slept through.
-pub(crate) const DEFAULT_MAX_POLLING: Duration = Duration::from_micros(100);
 
 impl Drop for Pager {
     fn drop(&mut self) {

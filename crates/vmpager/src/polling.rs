@@ -10,6 +10,16 @@
 
 use std::time::{Duration, Instant};
 
+/// The longest time to look, unless the caller knows better: longer gaps are
+/// better slept through. On a single CPU looking only keeps those from running
+/// who might fault.
+pub(crate) fn default_max() -> Duration {
+    match std::thread::available_parallelism() {
+        Ok(cpus) if cpus.get() > 1 => Duration::from_micros(100),
+        _ => Duration::ZERO,
+    }
+}
+
 /// How long to look before sleeping.
 #[derive(Debug)]
 pub(crate) struct Polling {

@@ -1,7 +1,8 @@
 //! `vmpager bench fault`: what the pager adds to the least a fault can cost.
 //!
 //! The floor is a bare loop in the same process: poll, read up to 64 messages,
-//! `UFFDIO_COPY` each page from one warm 4 KiB buffer, on one thread. Ours is
+//! `UFFDIO_COPY` each page from one warm 4 KiB buffer, on one thread (and, for
+//! comparison, from the bytes the pager copies too). Ours is
 //! an embedded [`Pager`] with prefetch off, so that both serve each page by a
 //! fault of its own, from a file in the page cache (or, with `--source
 //! memory`, from memory).
@@ -78,6 +79,11 @@ struct Row {
     floor_kfaults_s: f64,
     vmpager_kfaults_s: f64,
     rate_ratio: f64,
+    /// The floor again, copying the bytes that the pager copies too instead of
+    /// one page that stays in the CPU's cache.
+    same_bytes_p50_us: f64,
+    same_bytes_kfaults_s: f64,
+    same_bytes_rate_ratio: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -116,13 +122,13 @@ pub(crate) fn run(args: &FaultArgs) -> anyhow::Result<()> {
 
     let mut threads = Vec::new();
     for n in [1, 2, 4, 8] {
-        let mut floor = Vec::new();
-        let mut ours = Vec::new();
+        let (mut floor, mut same, mut ours) = (Vec::new(), Vec::new(), Vec::new());
         for seed in 0..args.rounds {
-            floor.push(floor_round(touch_bytes, n, seed)?);
+            floor.push(floor_round(None, touch_bytes, n, seed)?);
+            same.push(floor_round(Some(input.addr), touch_bytes, n, seed)?);
             ours.push(pager_round(&input.source, touch_bytes, n, seed)?);
         }
-        threads.push(row(n, &floor, &ours));
+        threads.push(row(n, &floor, &same, &ours));
     }
     let mut fills = Vec::new();
     for seed in 0..args.rounds {
@@ -201,13 +207,15 @@ fn next_random(state: &mut u64) -> u64 {
     *state >> 33
 }
 
-fn floor_round(bytes: usize, n: usize, seed: u32) -> anyhow::Result<Touched> {
+/// The bare loop, from the page's own bytes at `src` or, without it, from one
+/// warm page for all.
+fn floor_round(src: Option<usize>, bytes: usize, n: usize, seed: u32) -> anyhow::Result<Touched> {
     let memory = Arc::new(Mapping::anonymous(bytes)?);
     let uffd = Userfaultfd::open(Features::NONE)?;
     uffd.register_missing(&GuestRange::of_mapping(&memory))?;
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let server = scope.spawn(|| bare_loop(&uffd, &done));
+        let server = scope.spawn(|| bare_loop(&uffd, src, &memory, &done));
         let touched = touch_all(&memory, n, seed);
         done.store(true, Ordering::Relaxed);
         match server.join() {
@@ -218,10 +226,15 @@ fn floor_round(bytes: usize, n: usize, seed: u32) -> anyhow::Result<Touched> {
 }
 
 /// The least a handler can do.
-fn bare_loop(uffd: &Userfaultfd, done: &AtomicBool) -> anyhow::Result<()> {
+fn bare_loop(
+    uffd: &Userfaultfd,
+    src: Option<usize>,
+    memory: &Mapping,
+    done: &AtomicBool,
+) -> anyhow::Result<()> {
     let buffer = Mapping::anonymous(4096)?;
     buffer.populate(0..4096)?;
-    let src = usize::try_from(buffer.hva())?;
+    let warm = usize::try_from(buffer.hva())?;
     let mut messages = Messages::new();
     let tick = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
     while !done.load(Ordering::Relaxed) {
@@ -231,7 +244,9 @@ fn bare_loop(uffd: &Userfaultfd, done: &AtomicBool) -> anyhow::Result<()> {
         uffd.read(&mut messages)?;
         for message in messages.drain() {
             let Message::Fault { address, .. } = message else { continue };
-            match uffd.copy(address & !4095, src, 4096).stop {
+            let page = address & !4095;
+            let offset = usize::try_from(page - memory.hva())?;
+            match uffd.copy(page, src.map_or(warm, |src| src + offset), 4096).stop {
                 None | Some(Stop::Present) => {}
                 Some(stop) => bail!("UFFDIO_COPY: {stop:?}"),
             }
@@ -354,7 +369,7 @@ fn watch_clock(time: Duration) -> Duration {
     longest
 }
 
-fn row(n: usize, floor: &[Touched], ours: &[Touched]) -> Row {
+fn row(n: usize, floor: &[Touched], same: &[Touched], ours: &[Touched]) -> Row {
     let p50 = |rounds: &[Touched]| median(rounds.iter().map(|t| t.p50_us));
     let rate = |rounds: &[Touched]| median(rounds.iter().map(|t| t.kfaults_s));
     Row {
@@ -365,6 +380,9 @@ fn row(n: usize, floor: &[Touched], ours: &[Touched]) -> Row {
         floor_kfaults_s: round(rate(floor)),
         vmpager_kfaults_s: round(rate(ours)),
         rate_ratio: round(rate(ours) / rate(floor)),
+        same_bytes_p50_us: round(p50(same)),
+        same_bytes_kfaults_s: round(rate(same)),
+        same_bytes_rate_ratio: round(rate(ours) / rate(same)),
     }
 }
 
@@ -394,19 +412,29 @@ fn nanos_to_us(nanos: u64) -> f64 {
 
 fn show(report: &Report) -> anyhow::Result<()> {
     output::line(&format!(
-        "{:>7} {:>12} {:>12} {:>6}   {:>14} {:>14} {:>6}",
-        "threads", "floor p50", "vmpager p50", "ratio", "floor faults/s", "vmpager", "ratio"
+        "{:>7} {:>12} {:>12} {:>6}   {:>14} {:>14} {:>6}   {:>14} {:>6}",
+        "threads",
+        "floor p50",
+        "vmpager p50",
+        "ratio",
+        "floor faults/s",
+        "vmpager",
+        "ratio",
+        "same bytes",
+        "ratio"
     ))?;
     for row in &report.threads {
         output::line(&format!(
-            "{:>7} {:>9.2} us {:>9.2} us {:>6.2}   {:>13.0}k {:>13.0}k {:>6.2}",
+            "{:>7} {:>9.2} us {:>9.2} us {:>6.2}   {:>13.0}k {:>13.0}k {:>6.2}   {:>13.0}k {:>6.2}",
             row.n,
             row.floor_p50_us,
             row.vmpager_p50_us,
             row.p50_ratio,
             row.floor_kfaults_s,
             row.vmpager_kfaults_s,
-            row.rate_ratio
+            row.rate_ratio,
+            row.same_bytes_kfaults_s,
+            row.same_bytes_rate_ratio
         ))?;
     }
     let fill = &report.fill;

@@ -23,7 +23,6 @@ use tracing::{error, info, warn};
 use vmpager_core::PageSource;
 
 use self::connection::{Arrival, Connection};
-use crate::pager::DEFAULT_MAX_POLLING;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served};
 use crate::stats::{EndReason, SessionSummary};
@@ -156,7 +155,7 @@ impl Daemon {
                 source: config.source.clone(),
                 events: tell.clone(),
                 owner: bell.clone(),
-                max_polling: DEFAULT_MAX_POLLING,
+                max_polling: crate::polling::default_max(),
             })
         });
         let workers = workers.collect::<Result<Vec<_>, _>>()?;
