@@ -23,6 +23,14 @@ pub fn fd_kind(fd: BorrowedFd<'_>) -> String {
     }
 }
 
+/// How `/proc/self/fd` names a userfaultfd.
+const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
+
+/// Whether a descriptor is a userfaultfd.
+pub fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
+    fd_kind(fd) == USERFAULTFD
+}
+
 /// Sends bytes and descriptors in one message.
 ///
 /// # Errors
@@ -118,5 +126,5 @@ pub fn holds_userfaultfd(pid: i32) -> bool {
     entries
         .flatten()
         .filter_map(|entry| std::fs::read_link(entry.path()).ok())
-        .any(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
+        .any(|target| target.as_os_str() == USERFAULTFD)
 }

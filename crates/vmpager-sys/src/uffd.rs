@@ -20,7 +20,7 @@ use rustix::ioctl::{self, Opcode, Updater, opcode};
 
 pub use self::message::{Message, Messages};
 use crate::memory::GuestRange;
-use crate::peer::fd_kind;
+use crate::peer::{fd_kind, is_userfaultfd};
 
 const GROUP: u8 = 0xaa;
 const API: Opcode = opcode::read_write::<raw::uffdio_api>(GROUP, 0x3f);
@@ -193,9 +193,8 @@ impl Userfaultfd {
     ///
     /// If it is another kind of descriptor.
     pub fn adopt(fd: OwnedFd) -> Result<Self, OpenError> {
-        let kind = fd_kind(fd.as_fd());
-        if kind != "anon_inode:[userfaultfd]" {
-            return Err(OpenError::NotUserfaultfd { kind });
+        if !is_userfaultfd(fd.as_fd()) {
+            return Err(OpenError::NotUserfaultfd { kind: fd_kind(fd.as_fd()) });
         }
         // A blocking one reports EPOLLERR for ever.
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(io::Error::from)?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 use vmpager_core::{PageSource, Slot, SlotSet};
-use vmpager_sys::peer::{Peer, fd_kind, holds_userfaultfd, recv_with_fds};
+use vmpager_sys::peer::{Peer, fd_kind, holds_userfaultfd, is_userfaultfd, recv_with_fds};
 use vmpager_sys::shared::SharedWords;
 use vmpager_sys::uffd::Userfaultfd;
 
@@ -164,7 +164,7 @@ impl Connection {
                 for extra in fds {
                     let kind = fd_kind(extra.as_fd());
                     warn!(peer_pid = self.peer.pid, kind, "a further descriptor is not used");
-                    self.refused.push(extra);
+                    self.refused.extend(Some(extra).filter(|fd| is_userfaultfd(fd.as_fd())));
                 }
                 let more = self.inbox.is_partial();
                 self.deadline = more.then(|| Instant::now() + self.timeout);
@@ -251,7 +251,7 @@ impl Connection {
         self.socket = None;
         self.deadline = None;
         self.refused.append(&mut self.fds);
-        self.refused.retain(|fd| fd_kind(fd.as_fd()) == "anon_inode:[userfaultfd]");
+        self.refused.retain(|fd| is_userfaultfd(fd.as_fd()));
     }
 
     /// Keeps a memory that can be served no longer.
