@@ -88,7 +88,7 @@ impl Messages {
         Self { bytes: Box::new([0; Self::BATCH * Message::BYTES]), filled: 0 }
     }
 
-    /// Takes the messages of the last [`Userfaultfd::read`], in the kernel's
+    /// Takes the messages of the last [`Userfaultfd::read`](super::Userfaultfd::read), in the kernel's
     /// order. Each is handed out once: it may own a descriptor.
     pub fn drain(&mut self) -> impl Iterator<Item = Message> + '_ {
         let filled = std::mem::take(&mut self.filled);
