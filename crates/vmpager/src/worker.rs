@@ -429,6 +429,9 @@ impl Worker {
             let Some(memory) = self.memories.get_mut(&id) else { continue };
             if std::mem::take(&mut self.demanded) {
                 memory.others_wait();
+                // Those just woken may have been put on this CPU: they would
+                // wait for it as long as the scheduler's slice.
+                std::thread::yield_now();
             }
             match memory.fill(&mut self.reads) {
                 Ok(Filled::Some) => return true,
