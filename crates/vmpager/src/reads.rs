@@ -45,8 +45,8 @@ const TRIES: u32 = 4;
 /// The pause before the second try; it doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// Reads for the background fill in flight at once, so that a demanded read
-/// never queues behind many: each is 2 MiB at most.
-const FILL_DEPTH: usize = 2;
+/// never queues behind many: each is 512 KiB at most (or one huge page).
+const FILL_DEPTH: usize = 4;
 
 /// A worker's reader and the reads it has given to it.
 #[derive(Debug)]

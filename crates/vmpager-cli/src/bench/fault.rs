@@ -25,6 +25,7 @@ use vmpager_sys::memory::Mapping;
 use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
 
 use super::{median, round, to_f64};
+use crate::restore::{Cache, prepare_cache};
 use crate::scratch::Scratch;
 use crate::{output, size};
 
@@ -124,6 +125,7 @@ pub(crate) fn run(args: &FaultArgs) -> anyhow::Result<()> {
     for n in [1, 2, 4, 8] {
         let (mut floor, mut same, mut ours) = (Vec::new(), Vec::new(), Vec::new());
         for seed in 0..args.rounds {
+            input.warm_up()?;
             floor.push(floor_round(None, touch_bytes, n, seed)?);
             same.push(floor_round(Some(input.addr), touch_bytes, n, seed)?);
             ours.push(pager_round(&input.source, touch_bytes, n, seed)?);
@@ -132,6 +134,7 @@ pub(crate) fn run(args: &FaultArgs) -> anyhow::Result<()> {
     }
     let mut fills = Vec::new();
     for seed in 0..args.rounds {
+        input.warm_up()?;
         fills.push(FillRound {
             floor: floor_fill(Some(input.addr), fill_bytes)?,
             hot: floor_fill(None, fill_bytes)?,
@@ -152,13 +155,22 @@ struct Input {
     source: Arc<dyn PageSource>,
     addr: usize,
     _map: Option<FileMap>,
+    file: Option<PathBuf>,
+}
+
+impl Input {
+    /// Has the file in the page cache again, should the host have reclaimed
+    /// some of it.
+    fn warm_up(&self) -> anyhow::Result<()> {
+        self.file.as_deref().map_or(Ok(()), |path| prepare_cache(path, Cache::Warm))
+    }
 }
 
 fn make_input(source: Source, len: u64, scratch: &Scratch) -> anyhow::Result<Input> {
     let memory = Arc::new(MemorySource::numbered(len / 4096));
     if source == Source::Memory {
         let addr = memory.bytes().as_ptr() as usize;
-        return Ok(Input { source: memory, addr, _map: None });
+        return Ok(Input { source: memory, addr, _map: None, file: None });
     }
     let path = scratch.path().join("memory");
     std::fs::write(&path, memory.bytes()).context("writing the memory file")?;
@@ -166,7 +178,8 @@ fn make_input(source: Source, len: u64, scratch: &Scratch) -> anyhow::Result<Inp
     file.sync_all()?;
     let map = FileMap::new(file.as_fd(), len)?;
     map.populate(0..len)?;
-    Ok(Input { source: RawFile::open(&path)?, addr: map.addr_of(0), _map: Some(map) })
+    let (source, addr) = (RawFile::open(&path)?, map.addr_of(0));
+    Ok(Input { source, addr, _map: Some(map), file: Some(path) })
 }
 
 /// Touches every page of `memory` once, in random order, from `n` threads.

@@ -15,6 +15,10 @@ use crate::reads::{Read, Reads, Waiter};
 /// memory keeps changing.
 const POISON_LIMIT: Duration = Duration::from_secs(2);
 
+/// The most pages the fill reads from storage at a time: 512 KiB, so that a
+/// demanded read never queues behind much.
+const COLD_PIECE: u64 = 128;
+
 /// What came of a step of the background fill.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Filled {
@@ -109,10 +113,7 @@ impl Served {
         let mut done = 0;
         while done < piece && self.may_fill(reads) {
             let run = match self.engine.next_fill(piece - done) {
-                FillPlan::Fetch(run) => {
-                    self.fill_fetch(run, reads)?;
-                    run
-                }
+                FillPlan::Fetch(run) => self.fill_fetch(run, reads)?,
                 FillPlan::Zero(run) => {
                     let end = self.put(run, Put::Zeroes)?;
                     self.counters.pages_zero += end.pages;
@@ -135,21 +136,25 @@ impl Served {
         reads.may_fill() && self.retry.at.is_none()
     }
 
-    fn fill_fetch(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
+    /// Fills a claimed run, or the first part of it. Returns which.
+    fn fill_fetch(&mut self, run: PageRun, reads: &mut Reads) -> Result<PageRun, Lost> {
         let (_, range) = self.engine.slots().locate(run);
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
                 let end = self.put(run, Put::Bytes(address_of(data)))?;
                 self.count_installed(run, None, end.pages);
-                self.put_off_rest(end, reads)
+                self.put_off_rest(end, reads)?;
+                Ok(run)
             }
             Ok(None) => {
+                let run = self.shorten(run, run.first, COLD_PIECE);
                 reads.submit(self.background(run, Priority::Fill, None));
-                Ok(())
+                Ok(run)
             }
             Err(error) => {
                 let read = self.background(run, Priority::Fill, None);
-                self.read_failed(read, &error, reads)
+                self.read_failed(read, &error, reads)?;
+                Ok(run)
             }
         }
     }

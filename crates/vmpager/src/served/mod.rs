@@ -336,10 +336,25 @@ impl Served {
                 return self.read_failed(read, &error, reads);
             }
         }
+        let run = self.shorten(run, waiter.page, COLD_WINDOW);
         reads.submit(self.background(run, Priority::Demand, Some(waiter)));
         Ok(())
     }
+
+    /// Keeps of a claimed run only the pages around one, aligned to `most`, a
+    /// power of two; the others are given back.
+    fn shorten(&mut self, run: PageRun, page: u64, most: u64) -> PageRun {
+        let first = run.first.max(page & !(most - 1));
+        let end = run.end().min((page | (most - 1)) + 1);
+        self.engine.released(PageRun::new(run.first, first - run.first));
+        self.engine.released(PageRun::new(end, run.end() - end));
+        PageRun::new(first, end - first)
+    }
 }
+
+/// The most pages read from storage for a demanded one: 256 KiB take little
+/// longer than one page, 2 MiB ten times as long.
+const COLD_WINDOW: u64 = 64;
 
 /// The bytes of a range, if all of them are at hand.
 fn at_hand(
