@@ -215,7 +215,9 @@ impl Worker {
         loop {
             let mut work = self.serve_hot();
             let mut due = self.reads.resume();
-            if work == Work::None && self.fill() {
+            // A piece after every batch of faults: where they never pause, the
+            // fill would never end, and they end only with it.
+            if self.fill() {
                 work = Work::Filled;
             }
             looks += 1;
@@ -423,15 +425,17 @@ impl Worker {
 
     /// One step of the background fill, for the memory whose turn it is.
     fn fill(&mut self) -> bool {
+        if !self.filling.is_empty() {
+            // A vCPU just woken may have been put on this CPU: without this it
+            // would wait as long as the scheduler's slice, not as a piece.
+            std::thread::yield_now();
+        }
         for _ in 0..self.filling.len() {
             self.fill_turn = (self.fill_turn + 1) % self.filling.len();
             let id = self.filling[self.fill_turn];
             let Some(memory) = self.memories.get_mut(&id) else { continue };
             if std::mem::take(&mut self.demanded) {
                 memory.others_wait();
-                // Those just woken may have been put on this CPU: they would
-                // wait for it as long as the scheduler's slice.
-                std::thread::yield_now();
             }
             match memory.fill(&mut self.reads) {
                 Ok(Filled::Some) => return true,
