@@ -81,6 +81,17 @@ pub enum VmError {
         /// What the system said.
         error: io::Error,
     },
+    /// Guest memory could not be had in huge pages.
+    #[error(
+        "cannot map {bytes} bytes of guest memory in huge pages of 2 MiB: {error}; raise \
+         /proc/sys/vm/nr_hugepages, or do without huge pages"
+    )]
+    HugePages {
+        /// How much.
+        bytes: u64,
+        /// What the system said.
+        error: io::Error,
+    },
     /// No userfaultfd for on-demand memory.
     #[error(transparent)]
     Userfaultfd(#[from] OpenError),

@@ -13,6 +13,7 @@ use vmpager_sys::uffd::{Features, Userfaultfd};
 
 use crate::device::to_usize;
 use crate::error::VmError;
+use crate::memory::{GuestMemory, Memslot};
 use crate::snapshot::Snapshot;
 
 /// Where a restored VM's memory comes from.
@@ -35,26 +36,13 @@ pub enum RestoreMemory {
     Prepared(Arc<Mapping>),
 }
 
-/// Guest memory, and what must live as long as it does.
-#[derive(Debug)]
-pub(crate) struct GuestMemory {
-    pub(crate) mapping: Arc<Mapping>,
-    // A pager takes the end of the connection for the end of the VM, and the
-    // end of the descriptor would turn absent pages into zeroes. Dropped after
-    // the machine, in this order.
-    _pager: Option<(UnixStream, Userfaultfd)>,
-}
-
 impl GuestMemory {
-    pub(crate) fn new(mapping: Arc<Mapping>) -> Self {
-        Self { mapping, _pager: None }
-    }
-
     pub(crate) fn restore(snapshot: &Snapshot, from: RestoreMemory) -> Result<Self, VmError> {
         let bytes = snapshot.memory_bytes();
         let len = to_usize(bytes);
         let cannot_map = |error| VmError::Memory { bytes, error };
         let path = &snapshot.paths.memory;
+        let slots = Memslot::flat(bytes);
         match from {
             RestoreMemory::Eager => {
                 let file = File::open(path).map_err(VmError::file("open", path))?;
@@ -62,21 +50,23 @@ impl GuestMemory {
                 mapping
                     .read_from_file(file.as_fd(), 0..len)
                     .map_err(VmError::file("read", path))?;
-                Ok(Self::new(Arc::new(mapping)))
+                Ok(Self::new(Arc::new(mapping), slots))
             }
             RestoreMemory::Mmap => {
                 let file = File::open(path).map_err(VmError::file("open", path))?;
                 let mapping = Mapping::file_private(file.as_fd(), len);
-                Ok(Self::new(Arc::new(mapping.map_err(VmError::file("map", path))?)))
+                Ok(Self::new(Arc::new(mapping.map_err(VmError::file("map", path))?), slots))
             }
             RestoreMemory::OnDemand { socket, huge_pages } => {
                 let mapping =
                     if huge_pages { Mapping::hugetlb_2m(len) } else { Mapping::anonymous(len) };
                 let mapping = Arc::new(mapping.map_err(cannot_map)?);
-                let pager = hand_over(&mapping, &socket, huge_pages)?;
-                Ok(Self { mapping, _pager: Some(pager) })
+                let (connection, uffd) = hand_over(&mapping, &socket, huge_pages)?;
+                Ok(Self::new(mapping, slots).served_by(connection, uffd))
             }
-            RestoreMemory::Prepared(mapping) if mapping.len() == len => Ok(Self::new(mapping)),
+            RestoreMemory::Prepared(mapping) if mapping.len() == len => {
+                Ok(Self::new(mapping, slots))
+            }
             RestoreMemory::Prepared(mapping) => Err(VmError::Config {
                 field: "prepared memory size",
                 value: mapping.len() as u64,

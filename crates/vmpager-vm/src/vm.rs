@@ -12,9 +12,10 @@ use crate::device::{Device, to_usize};
 use crate::error::VmError;
 use crate::kvm::{self, Machine};
 use crate::layout::Layout;
+use crate::memory::{GuestMemory, Memslot};
 use crate::parallel::in_parallel;
 use crate::report::{HostReport, RunReport};
-use crate::restore::{GuestMemory, RestoreMemory};
+use crate::restore::RestoreMemory;
 use crate::snapshot::{Snapshot, SnapshotPaths, State};
 use crate::workload::Workload;
 use crate::{PAGE_BYTES, threads};
@@ -96,7 +97,7 @@ impl Vm {
                 mapping.write(to_usize(page) * PAGE_BYTES, &bytes);
             }
         });
-        let memory = GuestMemory::new(Arc::new(mapping));
+        let memory = GuestMemory::new(Arc::new(mapping), Memslot::flat(bytes));
         Self::assemble(memory, layout, config.seed, config.cpu, &[])
     }
 
@@ -124,13 +125,11 @@ impl Vm {
         let device = Device::new(&layout)?;
         let machine = match cpu {
             Cpu::Threads => None,
-            Cpu::Kvm | Cpu::Auto => {
-                match Machine::new(&memory.mapping, device.mapping(), &layout, saved) {
-                    Ok(machine) => Some(machine),
-                    Err(VmError::NoKvm(_)) if cpu == Cpu::Auto => None,
-                    Err(error) => return Err(error),
-                }
-            }
+            Cpu::Kvm | Cpu::Auto => match Machine::new(&memory, device.mapping(), &layout, saved) {
+                Ok(machine) => Some(machine),
+                Err(VmError::NoKvm(_)) if cpu == Cpu::Auto => None,
+                Err(error) => return Err(error),
+            },
         };
         let contents = Contents::new(seed);
         Ok(Self { machine, memory, device, layout, contents, seed, is_prepared: false })

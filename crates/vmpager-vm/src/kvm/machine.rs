@@ -12,6 +12,7 @@ use super::program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED};
 use super::registers::{IOPL_3, VcpuState, initial_regs, initial_sregs};
 use crate::error::VmError;
 use crate::layout::{DEVICE_GPA, Layout};
+use crate::memory::{GuestMemory, Memslot};
 
 fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
     move |error| VmError::Kvm { what, error: error.into() }
@@ -30,15 +31,18 @@ impl Machine {
     /// Makes a VM of guest memory at 0 and device memory at [`DEVICE_GPA`], its
     /// vCPUs as saved, or ready for the guest's first instruction.
     pub(crate) fn new(
-        memory: &Arc<Mapping>,
+        memory: &GuestMemory,
         device: &Arc<Mapping>,
         layout: &Layout,
         saved: &[VcpuState],
     ) -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(|e| VmError::NoKvm(e.into()))?;
         let vm = kvm.create_vm().map_err(|e| VmError::NoKvm(e.into()))?;
-        add_memslot(&vm, 0, 0, memory)?;
-        add_memslot(&vm, 1, DEVICE_GPA, device)?;
+        let device_slot = Memslot { gpa: DEVICE_GPA, offset: 0, len: device.len() as u64 };
+        let slots = memory.slots.iter().map(|slot| (&memory.mapping, slot));
+        for (id, (mapping, slot)) in (0..).zip(slots.chain([(device, &device_slot)])) {
+            add_memslot(&vm, id, slot, mapping)?;
+        }
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("tell what processor it offers"))?;
@@ -53,7 +57,7 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
-        Ok(Self { vcpus, _vm: vm, _memory: [memory.clone(), device.clone()] })
+        Ok(Self { vcpus, _vm: vm, _memory: [memory.mapping.clone(), device.clone()] })
     }
 
     /// Runs one round of the program on every vCPU, each on a thread of its own.
@@ -74,15 +78,23 @@ impl Machine {
     }
 }
 
-fn add_memslot(vm: &VmFd, slot: u32, gpa: u64, memory: &Mapping) -> Result<(), VmError> {
+fn add_memslot(vm: &VmFd, id: u32, slot: &Memslot, mapping: &Mapping) -> Result<(), VmError> {
+    let end = slot.offset.checked_add(slot.len);
+    if end.is_none_or(|end| end > mapping.len() as u64) {
+        return Err(VmError::Config {
+            field: "memslot length",
+            value: slot.len,
+            remedy: "use memslots that lie inside guest memory",
+        });
+    }
     let region = kvm_userspace_memory_region {
-        slot,
+        slot: id,
         flags: 0,
-        guest_phys_addr: gpa,
-        memory_size: memory.len() as u64,
-        userspace_addr: memory.hva(),
+        guest_phys_addr: slot.gpa,
+        memory_size: slot.len,
+        userspace_addr: mapping.hva() + slot.offset,
     };
-    // SAFETY: the machine keeps the mapping until the VM is closed, and the
+    // SAFETY: the range is inside the mapping, the machine keeps that until the VM is closed, and the
     // process accesses it by volatile copies only.
     let result = unsafe { vm.set_user_memory_region(region) };
     result.map_err(refused("map guest memory"))

@@ -6,8 +6,10 @@ mod machine;
 mod program;
 mod registers;
 mod tsc;
+mod view;
 
 pub(crate) use machine::Machine;
 pub(crate) use program::{Command, Parameters, code};
 pub(crate) use registers::VcpuState;
 pub(crate) use tsc::nanoseconds_per_cycle;
+pub(crate) use view::view;

@@ -1,0 +1,174 @@
+//! Guest memory: one mapping of this process, shown to the guest as memslots.
+//!
+//! Byte `n` of the mapping is byte `n` of the memory file. A PC keeps the last
+//! GiB below 4 GiB for devices, the local and the I/O APICs among them, so the
+//! memory of a Linux guest goes on above it:
+//!
+//! ```text
+//! mapping  0 ........ 3 GiB ........ N
+//! gpa      0 ........ 3 GiB          .
+//!                     4 GiB ........ N + 1 GiB
+//! ```
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use serde::{Deserialize, Serialize};
+use vmpager_sys::memory::Mapping;
+use vmpager_sys::uffd::Userfaultfd;
+
+use crate::PAGE_SIZE;
+use crate::device::to_usize;
+use crate::error::VmError;
+
+/// Where the memory below the devices ends.
+pub(crate) const HOLE_START: u64 = 3 << 30;
+/// Where memory goes on above them.
+pub(crate) const HOLE_END: u64 = 4 << 30;
+
+/// A contiguous range of guest-physical memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Memslot {
+    /// Its first guest-physical address.
+    pub(crate) gpa: u64,
+    /// Where it starts in the mapping, and in the memory file.
+    pub(crate) offset: u64,
+    /// Bytes.
+    pub(crate) len: u64,
+}
+
+impl Memslot {
+    /// All memory from gpa 0 on, as the built-in guest has it.
+    pub(crate) fn flat(bytes: u64) -> Vec<Self> {
+        vec![Self { gpa: 0, offset: 0, len: bytes }]
+    }
+
+    /// Memory around the hole for devices, as a PC has it.
+    pub(crate) fn around_the_hole(bytes: u64) -> Vec<Self> {
+        let mut slots = Self::flat(bytes.min(HOLE_START));
+        if bytes > HOLE_START {
+            slots.push(Self { gpa: HOLE_END, offset: HOLE_START, len: bytes - HOLE_START });
+        }
+        slots
+    }
+}
+
+/// Guest memory, and what must live as long as it does.
+#[derive(Debug)]
+pub(crate) struct GuestMemory {
+    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) slots: Vec<Memslot>,
+    // A pager takes the end of the connection for the end of the VM, and the
+    // end of the descriptor would turn absent pages into zeroes. Dropped after
+    // the machine, in this order.
+    pager: Option<(UnixStream, Userfaultfd)>,
+}
+
+impl GuestMemory {
+    pub(crate) fn new(mapping: Arc<Mapping>, slots: Vec<Memslot>) -> Self {
+        Self { mapping, slots, pager: None }
+    }
+
+    /// The same, its absent pages brought by a pager in another process.
+    pub(crate) fn served_by(mut self, connection: UnixStream, uffd: Userfaultfd) -> Self {
+        self.pager = Some((connection, uffd));
+        self
+    }
+
+    /// Fresh memory around the hole for devices, from a memfd of its own.
+    pub(crate) fn memfd(bytes: u64, huge_pages: bool) -> Result<Self, VmError> {
+        check_size(bytes, if huge_pages { 2 << 20 } else { PAGE_SIZE })?;
+        let mapping = map_memfd(bytes, huge_pages).map_err(|error| {
+            if huge_pages {
+                VmError::HugePages { bytes, error }
+            } else {
+                VmError::Memory { bytes, error }
+            }
+        })?;
+        Ok(Self::new(Arc::new(mapping), Memslot::around_the_hole(bytes)))
+    }
+}
+
+fn check_size(bytes: u64, page: u64) -> Result<(), VmError> {
+    if bytes == 0 || !bytes.is_multiple_of(page) || usize::try_from(bytes).is_err() {
+        return Err(VmError::Config {
+            field: "memory size",
+            value: bytes,
+            remedy: if page == PAGE_SIZE {
+                "use a multiple of the page size, 4096 bytes"
+            } else {
+                "use a multiple of the huge page size, 2 MiB"
+            },
+        });
+    }
+    Ok(())
+}
+
+fn map_memfd(bytes: u64, huge_pages: bool) -> io::Result<Mapping> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let huge =
+        if huge_pages { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
+    let memfd = rustix::fs::memfd_create("guest-memory", flags | huge)?;
+    rustix::fs::ftruncate(&memfd, bytes)?;
+    // Nobody who gets hold of it can take pages away under the guest.
+    rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Mapping::file_shared(memfd.as_fd(), to_usize(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+    use super::*;
+    use crate::kvm::view;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn slots_cover_the_mapping_once_and_leave_the_hole_free() {
+        for bytes in [4096, GIB, HOLE_START - 4096, HOLE_START, HOLE_START + 4096, 16 * GIB] {
+            let slots = Memslot::around_the_hole(bytes);
+            let mut at = 0;
+            for slot in &slots {
+                assert_eq!(slot.offset, at, "{bytes:#x}");
+                at += slot.len;
+                let end = slot.gpa + slot.len;
+                assert!(slot.len > 0 && (end <= HOLE_START || slot.gpa >= HOLE_END));
+            }
+            assert_eq!(at, bytes);
+        }
+    }
+
+    #[test]
+    fn sizes_that_are_no_whole_pages_are_refused_by_value() {
+        for (bytes, huge) in [(0, false), (4097, false), (4096, true)] {
+            let error = GuestMemory::memfd(bytes, huge).unwrap_err().to_string();
+            assert!(error.contains(&format!("memory size {bytes} ")), "{error}");
+        }
+    }
+
+    /// The same bytes by gpa, by offset, and through both slots.
+    #[test]
+    fn the_view_finds_what_the_mapping_has() {
+        let bytes = HOLE_START + (2 << 20);
+        let memory = GuestMemory::memfd(bytes, false).unwrap();
+        let view = view(&memory).unwrap();
+        for (gpa, offset) in
+            [(8, 8), (HOLE_START - 8, HOLE_START - 8), (HOLE_END + 16, HOLE_START + 16)]
+        {
+            memory.mapping.write_u64(to_usize(offset), gpa | 1);
+            assert_eq!(view.read_obj::<u64>(GuestAddress(gpa)).unwrap(), gpa | 1);
+            view.write_obj(gpa | 2, GuestAddress(gpa)).unwrap();
+            assert_eq!(memory.mapping.read_u64(to_usize(offset)), gpa | 2);
+        }
+        assert!(view.read_obj::<u64>(GuestAddress(HOLE_START)).is_err(), "the hole");
+        assert!(view.read_obj::<u64>(GuestAddress(HOLE_START - 4)).is_err(), "into the hole");
+        assert_eq!(view.last_addr().0, bytes + GIB - 1);
+        drop(memory);
+        assert_eq!(view.read_obj::<u64>(GuestAddress(8)).unwrap(), 8 | 2, "kept mapped");
+    }
+}
