@@ -24,6 +24,9 @@ pub enum VmError {
          stand in for vCPUs"
     )]
     NoKvm(io::Error),
+    /// KVM lacks something.
+    #[error("this KVM lacks {0}; use a newer kernel, or one built with it")]
+    NoCapability(&'static str),
     /// KVM refused something.
     #[error("KVM refused to {what}: {error}")]
     Kvm {

@@ -10,8 +10,8 @@ use crate::checksum::checksum;
 use crate::contents::{Contents, Kind};
 use crate::device::{Device, to_usize};
 use crate::error::VmError;
-use crate::kvm::{self, Machine};
-use crate::layout::Layout;
+use crate::kvm::{self, Builtin, Parts};
+use crate::layout::{DEVICE_GPA, Layout};
 use crate::memory::{GuestMemory, Memslot};
 use crate::parallel::in_parallel;
 use crate::report::{HostReport, RunReport};
@@ -65,7 +65,7 @@ impl Default for VmConfig {
 #[derive(Debug)]
 pub struct Vm {
     // Dropped in this order: KVM lets go of memory before it is unmapped.
-    machine: Option<Machine>,
+    machine: Option<Builtin>,
     memory: GuestMemory,
     device: Device,
     layout: Layout,
@@ -125,11 +125,19 @@ impl Vm {
         let device = Device::new(&layout)?;
         let machine = match cpu {
             Cpu::Threads => None,
-            Cpu::Kvm | Cpu::Auto => match Machine::new(&memory, device.mapping(), &layout, saved) {
-                Ok(machine) => Some(machine),
-                Err(VmError::NoKvm(_)) if cpu == Cpu::Auto => None,
-                Err(error) => return Err(error),
-            },
+            Cpu::Kvm | Cpu::Auto => {
+                let parts = Parts {
+                    memory: &memory,
+                    device: Some((DEVICE_GPA, device.mapping())),
+                    vcpus: layout.vcpus,
+                    irqchip: false,
+                };
+                match Builtin::new(&parts, &layout, saved) {
+                    Ok(machine) => Some(machine),
+                    Err(VmError::NoKvm(_)) if cpu == Cpu::Auto => None,
+                    Err(error) => return Err(error),
+                }
+            }
         };
         let contents = Contents::new(seed);
         Ok(Self { machine, memory, device, layout, contents, seed, is_prepared: false })

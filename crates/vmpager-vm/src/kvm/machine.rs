@@ -1,81 +1,105 @@
-//! A KVM virtual machine: two memslots and the vCPUs.
+//! A KVM virtual machine: memslots, interrupt controllers, vCPUs.
 
-use std::io;
 use std::sync::Arc;
-use std::time::Instant;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmpager_sys::memory::Mapping;
 
-use super::program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED};
-use super::registers::{IOPL_3, VcpuState, initial_regs, initial_sregs};
+use super::vcpu::Vcpu;
+use super::{cpuid, refused};
 use crate::error::VmError;
-use crate::layout::{DEVICE_GPA, Layout};
 use crate::memory::{GuestMemory, Memslot};
 
-fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
-    move |error| VmError::Kvm { what, error: error.into() }
+/// What a machine is made of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Parts<'a> {
+    pub(crate) memory: &'a GuestMemory,
+    /// Memory that is no part of a snapshot, and where it is.
+    pub(crate) device: Option<(u64, &'a Arc<Mapping>)>,
+    pub(crate) vcpus: u64,
+    /// Whether KVM plays the interrupt controllers (local APICs, I/O APIC,
+    /// PICs) and the timer of a PC; all of them, for an interrupt then reaches a
+    /// halted vCPU without this process being asked.
+    pub(crate) irqchip: bool,
 }
 
 /// Memory mapped into a VM, and the vCPUs that run in it.
 #[derive(Debug)]
 pub(crate) struct Machine {
-    vcpus: Vec<Vcpu>,
+    /// Whoever runs them takes them out.
+    pub(crate) vcpus: Vec<Vcpu>,
     // After the vCPUs and before the memory: KVM must let go of it first.
-    _vm: VmFd,
-    _memory: [Arc<Mapping>; 2],
+    pub(super) vm: VmFd,
+    _memory: Vec<Arc<Mapping>>,
 }
 
 impl Machine {
-    /// Makes a VM of guest memory at 0 and device memory at [`DEVICE_GPA`], its
-    /// vCPUs as saved, or ready for the guest's first instruction.
-    pub(crate) fn new(
-        memory: &GuestMemory,
-        device: &Arc<Mapping>,
-        layout: &Layout,
-        saved: &[VcpuState],
-    ) -> Result<Self, VmError> {
+    /// Makes a VM whose vCPUs are as they are after reset.
+    pub(crate) fn new(parts: &Parts<'_>) -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(|e| VmError::NoKvm(e.into()))?;
         let vm = kvm.create_vm().map_err(|e| VmError::NoKvm(e.into()))?;
-        let device_slot = Memslot { gpa: DEVICE_GPA, offset: 0, len: device.len() as u64 };
-        let slots = memory.slots.iter().map(|slot| (&memory.mapping, slot));
-        for (id, (mapping, slot)) in (0..).zip(slots.chain([(device, &device_slot)])) {
-            add_memslot(&vm, id, slot, mapping)?;
+        check_capabilities(&vm, parts)?;
+        let memory = add_memory(&vm, parts)?;
+        if parts.irqchip {
+            create_irqchip(&vm)?;
         }
-        let cpuid = kvm
+        let offered = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("tell what processor it offers"))?;
         let mut vcpus = Vec::new();
-        for id in 0..layout.vcpus {
+        for id in 0..parts.vcpus {
             let fd = vm.create_vcpu(id).map_err(refused("create a vCPU"))?;
+            let cpuid = cpuid::of_vcpu(&offered, id, parts.vcpus);
             fd.set_cpuid2(&cpuid).map_err(refused("set the vCPU's CPUID"))?;
-            let mut vcpu = Vcpu { id, fd };
-            match usize::try_from(id).ok().and_then(|id| saved.get(id)) {
-                Some(state) => vcpu.load(state)?,
-                None => vcpu.reset(layout)?,
-            }
-            vcpus.push(vcpu);
+            vcpus.push(Vcpu::new(id, fd)?);
         }
-        Ok(Self { vcpus, _vm: vm, _memory: [memory.mapping.clone(), device.clone()] })
+        Ok(Self { vcpus, vm, _memory: memory })
     }
+}
 
-    /// Runs one round of the program on every vCPU, each on a thread of its own.
-    pub(crate) fn run(&mut self) -> Result<Vec<Entry>, VmError> {
-        if let [only] = &mut self.vcpus[..] {
-            return Ok(vec![only.run()?]);
+fn check_capabilities(vm: &VmFd, parts: &Parts<'_>) -> Result<(), VmError> {
+    let always =
+        [(Cap::UserMemory, "KVM_CAP_USER_MEMORY"), (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT")];
+    let irqchip = [
+        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+        (Cap::Pit2, "KVM_CAP_PIT2"),
+        (Cap::PitState2, "KVM_CAP_PIT_STATE2"),
+        (Cap::Irqfd, "KVM_CAP_IRQFD"),
+        (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+        (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    ];
+    let needed = always.into_iter().chain(irqchip.into_iter().filter(|_| parts.irqchip));
+    for (capability, name) in needed {
+        if !vm.check_extension(capability) {
+            return Err(VmError::NoCapability(name));
         }
-        std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                self.vcpus.iter_mut().map(|vcpu| scope.spawn(|| vcpu.run())).collect();
-            threads.into_iter().map(|t| t.join().expect("no panic in a vCPU thread")).collect()
-        })
     }
+    let most = u64::try_from(vm.check_extension_int(Cap::MaxVcpus)).unwrap_or(0);
+    if parts.vcpus > most {
+        return Err(VmError::Config {
+            field: "vcpus",
+            value: parts.vcpus,
+            remedy: "use fewer: this KVM has not that many",
+        });
+    }
+    Ok(())
+}
 
-    /// The registers of all vCPUs, between rounds.
-    pub(crate) fn save(&mut self) -> Result<Vec<VcpuState>, VmError> {
-        self.vcpus.iter_mut().map(Vcpu::save).collect()
+/// Adds all memslots, and says which mappings they need.
+fn add_memory(vm: &VmFd, parts: &Parts<'_>) -> Result<Vec<Arc<Mapping>>, VmError> {
+    let memory = &parts.memory.mapping;
+    let device = parts
+        .device
+        .map(|(gpa, mapping)| (mapping, Memslot { gpa, offset: 0, len: mapping.len() as u64 }));
+    let slots = parts.memory.slots.iter().map(|slot| (memory, *slot)).chain(device);
+    for (id, (mapping, slot)) in (0..).zip(slots) {
+        add_memslot(vm, id, &slot, mapping)?;
     }
+    let device = parts.device.map(|(_, mapping)| mapping.clone());
+    Ok([memory.clone()].into_iter().chain(device).collect())
 }
 
 fn add_memslot(vm: &VmFd, id: u32, slot: &Memslot, mapping: &Mapping) -> Result<(), VmError> {
@@ -94,90 +118,21 @@ fn add_memslot(vm: &VmFd, id: u32, slot: &Memslot, mapping: &Mapping) -> Result<
         memory_size: slot.len,
         userspace_addr: mapping.hva() + slot.offset,
     };
-    // SAFETY: the range is inside the mapping, the machine keeps that until the VM is closed, and the
-    // process accesses it by volatile copies only.
+    // SAFETY: the range is inside the mapping, the machine keeps that until the
+    // VM is closed, and the process accesses it by volatile copies only.
     let result = unsafe { vm.set_user_memory_region(region) };
     result.map_err(refused("map guest memory"))
 }
 
-/// When a round's first and last events came.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Entry {
-    pub(crate) started: Instant,
-    pub(crate) done: Instant,
-}
-
-#[derive(Debug)]
-struct Vcpu {
-    id: u64,
-    fd: VcpuFd,
-}
-
-impl Vcpu {
-    fn reset(&mut self, layout: &Layout) -> Result<(), VmError> {
-        let sregs = self.fd.get_sregs().map_err(refused("read system registers"))?;
-        let sregs = initial_sregs(layout, sregs);
-        self.fd.set_sregs(&sregs).map_err(refused("set system registers"))?;
-        let regs = initial_regs(layout, self.id);
-        self.fd.set_regs(&regs).map_err(refused("set registers"))
-    }
-
-    fn load(&mut self, state: &VcpuState) -> Result<(), VmError> {
-        let sregs = state.sregs.clone().into();
-        self.fd.set_sregs(&sregs).map_err(refused("set system registers from the state file"))?;
-        let regs = state.regs.clone().into();
-        self.fd.set_regs(&regs).map_err(refused("set registers from the state file"))
-    }
-
-    fn save(&mut self) -> Result<VcpuState, VmError> {
-        // The `out` that ended the last round is completed by the next entry
-        // only; enter without running anything, or the round would end twice.
-        self.fd.set_kvm_immediate_exit(1);
-        let entered = self.fd.run().map(|exit| format!("{exit:?}"));
-        self.fd.set_kvm_immediate_exit(0);
-        match entered {
-            Err(e) if is_interrupted(e) => {}
-            Err(e) => return Err(refused("complete the last exit")(e)),
-            Ok(exit) => return Err(self.unexpected(exit)),
-        }
-        let mut regs = self.fd.get_regs().map_err(refused("read registers"))?;
-        // kvm_pvm forgets it; other hosts' ring 3 may not do `out` without.
-        regs.rflags |= IOPL_3;
-        let sregs = self.fd.get_sregs().map_err(refused("read system registers"))?.into();
-        Ok(VcpuState { regs: regs.into(), sregs })
-    }
-
-    /// One round: from the next entry to the event `done`.
-    fn run(&mut self) -> Result<Entry, VmError> {
-        let mut started = None;
-        loop {
-            let exit = match self.fd.run() {
-                Ok(VcpuExit::IoOut(EVENT_PORT, [EVENT_STARTED])) => {
-                    started = Some(Instant::now());
-                    continue;
-                }
-                Ok(VcpuExit::IoOut(EVENT_PORT, [EVENT_DONE])) => {
-                    let done = Instant::now();
-                    if let Some(started) = started {
-                        return Ok(Entry { started, done });
-                    }
-                    "done before it started".to_owned()
-                }
-                Ok(exit) => format!("{exit:?}"),
-                Err(e) if is_interrupted(e) => continue,
-                Err(e) => format!("KVM_RUN: {}", io::Error::from(e)),
-            };
-            return Err(self.unexpected(exit));
-        }
-    }
-
-    fn unexpected(&self, exit: String) -> VmError {
-        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-        VmError::Exit { vcpu: self.id, exit, rip }
-    }
-}
-
-/// A signal, or a request to try again.
-fn is_interrupted(error: kvm_ioctls::Error) -> bool {
-    matches!(io::Error::from(error).kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+/// Must come before the vCPUs.
+fn create_irqchip(vm: &VmFd) -> Result<(), VmError> {
+    // Pages that KVM on Intel processors needs for real mode, in the hole for
+    // devices, where no guest looks for memory.
+    const IDENTITY_MAP: u64 = 0xfffb_c000;
+    const TASK_STATE: usize = 0xfffb_d000;
+    vm.set_identity_map_address(IDENTITY_MAP).map_err(refused("place its identity map"))?;
+    vm.set_tss_address(TASK_STATE).map_err(refused("place its task state segment"))?;
+    vm.create_irq_chip().map_err(refused("create interrupt controllers"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(refused("create a timer"))
 }

@@ -2,14 +2,28 @@
 
 #![allow(unsafe_code, reason = "KVM takes raw addresses, and the program is machine code")]
 
+mod builtin;
+mod cpuid;
+mod kick;
 mod machine;
 mod program;
 mod registers;
 mod tsc;
+mod vcpu;
 mod view;
 
-pub(crate) use machine::Machine;
+pub(crate) use builtin::Builtin;
+pub(crate) use kick::Kick;
+pub(crate) use machine::{Machine, Parts};
 pub(crate) use program::{Command, Parameters, code};
 pub(crate) use registers::VcpuState;
 pub(crate) use tsc::nanoseconds_per_cycle;
+pub(crate) use vcpu::{Answer, Stopped, Vcpu};
 pub(crate) use view::view;
+
+use crate::error::VmError;
+
+/// For `map_err` on what KVM was asked.
+fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |error| VmError::Kvm { what, error: error.into() }
+}

@@ -1,0 +1,97 @@
+//! The built-in guest on a machine: its start, its rounds, its state.
+
+use std::time::Instant;
+
+use kvm_ioctls::VcpuExit;
+
+use super::machine::{Machine, Parts};
+use super::program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED};
+use super::refused;
+use super::registers::{IOPL_3, VcpuState, initial_regs, initial_sregs};
+use super::vcpu::{Answer, Stopped, Vcpu};
+use crate::error::VmError;
+use crate::layout::Layout;
+
+/// When a round's first and last events came.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Round {
+    pub(crate) started: Instant,
+    pub(crate) done: Instant,
+}
+
+/// A machine that runs the built-in guest.
+#[derive(Debug)]
+pub(crate) struct Builtin(Machine);
+
+impl Builtin {
+    /// The guest as saved, or ready for its first instruction.
+    pub(crate) fn new(
+        parts: &Parts<'_>,
+        layout: &Layout,
+        saved: &[VcpuState],
+    ) -> Result<Self, VmError> {
+        let mut machine = Machine::new(parts)?;
+        for (i, vcpu) in machine.vcpus.iter_mut().enumerate() {
+            match saved.get(i) {
+                Some(state) => load(vcpu, state)?,
+                None => reset(vcpu, layout)?,
+            }
+        }
+        Ok(Self(machine))
+    }
+
+    /// Runs one round of the program on every vCPU, each on a thread of its own.
+    pub(crate) fn run(&mut self) -> Result<Vec<Round>, VmError> {
+        if let [only] = &mut self.0.vcpus[..] {
+            return Ok(vec![round(only)?]);
+        }
+        std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                self.0.vcpus.iter_mut().map(|vcpu| scope.spawn(|| round(vcpu))).collect();
+            threads.into_iter().map(|t| t.join().expect("no panic in a vCPU thread")).collect()
+        })
+    }
+
+    /// The registers of all vCPUs, between rounds.
+    pub(crate) fn save(&mut self) -> Result<Vec<VcpuState>, VmError> {
+        self.0.vcpus.iter_mut().map(save).collect()
+    }
+}
+
+fn reset(vcpu: &Vcpu, layout: &Layout) -> Result<(), VmError> {
+    let sregs = vcpu.fd.get_sregs().map_err(refused("read system registers"))?;
+    vcpu.set_registers(&initial_regs(layout, vcpu.id), &initial_sregs(layout, sregs))
+}
+
+fn load(vcpu: &Vcpu, state: &VcpuState) -> Result<(), VmError> {
+    vcpu.set_registers(&state.regs.clone().into(), &state.sregs.clone().into())
+}
+
+fn save(vcpu: &mut Vcpu) -> Result<VcpuState, VmError> {
+    // Or the `out` that ended the last round would be executed again.
+    vcpu.complete()?;
+    let mut regs = vcpu.fd.get_regs().map_err(refused("read registers"))?;
+    // kvm_pvm forgets it; other hosts' ring 3 may not do `out` without.
+    regs.rflags |= IOPL_3;
+    let sregs = vcpu.fd.get_sregs().map_err(refused("read system registers"))?.into();
+    Ok(VcpuState { regs: regs.into(), sregs })
+}
+
+/// One round: from the next entry to the event `done`.
+fn round(vcpu: &mut Vcpu) -> Result<Round, VmError> {
+    let mut started = None;
+    let stopped = vcpu.run(|exit| match (exit, started) {
+        (VcpuExit::IoOut(EVENT_PORT, [EVENT_STARTED]), _) => {
+            started = Some(Instant::now());
+            Answer::GoOn
+        }
+        (VcpuExit::IoOut(EVENT_PORT, [EVENT_DONE]), Some(started)) => {
+            Answer::Stop(Round { started, done: Instant::now() })
+        }
+        (exit, _) => Answer::Unexpected(format!("{exit:?}")),
+    })?;
+    match stopped {
+        Stopped::Answered(round) => Ok(round),
+        Stopped::Kicked => Err(vcpu.unexpected("it was stopped in a round".to_owned())),
+    }
+}

@@ -1,0 +1,103 @@
+//! Getting a vCPU out of the guest from another thread.
+//!
+//! KVM looks at a byte it shares with this process, `immediate_exit`, before it
+//! enters the guest, and leaves the guest for any signal. The byte is set
+//! first, then the signal sent: a vCPU thread on its way into `KVM_RUN` sees
+//! the byte, one inside gets the signal, and no kick is lost.
+
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::VcpuFd;
+use vmpager_sys::memory::Mapping;
+
+use crate::PAGE_BYTES;
+
+const IMMEDIATE_EXIT: usize = offset_of!(kvm_run, immediate_exit);
+
+/// Stops one vCPU, from any thread.
+#[derive(Debug)]
+pub(crate) struct Kick {
+    /// The start of `kvm_run`, mapped once more: the vCPU's own mapping belongs
+    /// to the thread that runs it.
+    run: Mapping,
+    /// The thread that runs the vCPU; 0 if none does.
+    thread: AtomicI32,
+}
+
+impl Kick {
+    /// For one vCPU. Sees to it that the signal does nothing but interrupt.
+    pub(super) fn new(vcpu: &VcpuFd) -> io::Result<Self> {
+        handle_signal()?;
+        // SAFETY: the descriptor is the vCPU's, which is borrowed until the
+        // mapping is made.
+        let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        let run = Mapping::file_shared(fd, PAGE_BYTES)?;
+        Ok(Self { run, thread: AtomicI32::new(0) })
+    }
+
+    /// Has the vCPU stop as soon as it can, and stay out of the guest until
+    /// [`clear`](Self::clear).
+    pub(crate) fn stop(&self) {
+        self.run.write(IMMEDIATE_EXIT, &[1]);
+        let thread = self.thread.load(Ordering::SeqCst);
+        if thread != 0 {
+            let process = rustix::process::getpid().as_raw_nonzero().get();
+            // SAFETY: sends a signal that has a handler to a thread of this very
+            // process. Should it have ended by now, and another have its number,
+            // that one is interrupted for nothing.
+            unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal()) };
+        }
+    }
+
+    /// Lets it enter the guest again.
+    pub(crate) fn clear(&self) {
+        self.run.write(IMMEDIATE_EXIT, &[0]);
+    }
+
+    /// Whether it is to stay out of the guest.
+    pub(super) fn is_stopped(&self) -> bool {
+        let mut byte = [0];
+        self.run.read(IMMEDIATE_EXIT, &mut byte);
+        byte != [0]
+    }
+
+    /// The calling thread runs the vCPU from now on; it does until the answer
+    /// is dropped.
+    pub(super) fn enter(&self) -> Inside<'_> {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        self.thread.store(thread, Ordering::SeqCst);
+        Inside(self)
+    }
+}
+
+/// A thread that runs a vCPU.
+pub(super) struct Inside<'a>(&'a Kick);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.thread.store(0, Ordering::SeqCst);
+    }
+}
+
+/// A signal that neither the system nor this program uses for anything else.
+fn signal() -> i32 {
+    libc::SIGRTMIN() + 3
+}
+
+/// Without a handler the signal would end the process.
+fn handle_signal() -> io::Result<()> {
+    static HANDLED: Mutex<bool> = Mutex::new(false);
+    /// Set by the handler, read by nobody.
+    static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+    let mut handled = HANDLED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*handled {
+        signal_hook::flag::register(signal(), &INTERRUPTED)?;
+        *handled = true;
+    }
+    Ok(())
+}

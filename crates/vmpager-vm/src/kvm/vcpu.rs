@@ -1,0 +1,119 @@
+//! A vCPU: enters the guest until its user, or a kick, has it stop.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::kick::Kick;
+use super::refused;
+use crate::error::VmError;
+
+/// A vCPU, which belongs to whoever runs it.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    pub(super) id: u64,
+    pub(super) fd: VcpuFd,
+    kick: Arc<Kick>,
+}
+
+/// What comes of one exit.
+#[derive(Debug)]
+pub(crate) enum Answer<S> {
+    /// It was dealt with: back into the guest.
+    GoOn,
+    /// No further.
+    Stop(S),
+    /// A guest that is well does not do this.
+    Unexpected(String),
+}
+
+/// Why a vCPU stopped.
+#[derive(Debug)]
+pub(crate) enum Stopped<S> {
+    /// By a kick. Its last exit is complete.
+    Kicked,
+    /// By an [`Answer::Stop`]. The instruction that exited is completed by the
+    /// next entry only.
+    Answered(S),
+}
+
+impl Vcpu {
+    pub(super) fn new(id: u64, fd: VcpuFd) -> Result<Self, VmError> {
+        let kick = Kick::new(&fd)
+            .map_err(|error| VmError::Kvm { what: "share a vCPU's page of control", error })?;
+        Ok(Self { id, fd, kick: Arc::new(kick) })
+    }
+
+    /// What stops it from another thread.
+    pub(crate) fn kick(&self) -> &Arc<Kick> {
+        &self.kick
+    }
+
+    /// Runs the guest, and has `on_exit` deal with what KVM cannot.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::Exit`] if the guest does what it should not, or KVM cannot go
+    /// on.
+    pub(crate) fn run<S>(
+        &mut self,
+        mut on_exit: impl FnMut(VcpuExit<'_>) -> Answer<S>,
+    ) -> Result<Stopped<S>, VmError> {
+        let kick = self.kick.clone();
+        let _inside = kick.enter();
+        loop {
+            let exit = match self.fd.run() {
+                Ok(exit) => match on_exit(exit) {
+                    Answer::GoOn => continue,
+                    Answer::Stop(why) => return Ok(Stopped::Answered(why)),
+                    Answer::Unexpected(exit) => exit,
+                },
+                // KVM completes the last exit before it looks at the kick.
+                Err(e) if is_interrupted(e) && kick.is_stopped() => return Ok(Stopped::Kicked),
+                Err(e) if is_interrupted(e) => continue,
+                Err(e) => format!("KVM_RUN: {}", io::Error::from(e)),
+            };
+            return Err(self.unexpected(exit));
+        }
+    }
+
+    /// Completes the instruction of the last exit, and executes no other.
+    pub(super) fn complete(&mut self) -> Result<(), VmError> {
+        self.kick.stop();
+        let entered = self.run(|exit| Answer::<()>::Unexpected(format!("{exit:?}")));
+        self.kick.clear();
+        entered.map(drop)
+    }
+
+    pub(super) fn unexpected(&mut self, mut exit: String) -> VmError {
+        let run = self.fd.get_kvm_run();
+        if run.exit_reason == KVM_EXIT_INTERNAL_ERROR {
+            // SAFETY: the exit reason says which member of the union KVM filled.
+            let why = unsafe { run.__bindgen_anon_1.internal.suberror };
+            exit.push_str(if why == KVM_INTERNAL_ERROR_EMULATION {
+                " (an instruction that KVM cannot emulate)"
+            } else {
+                " (of KVM's own)"
+            });
+        }
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        VmError::Exit { vcpu: self.id, exit, rip }
+    }
+
+    /// Sets what the vCPU starts with.
+    pub(super) fn set_registers(
+        &self,
+        regs: &kvm_bindings::kvm_regs,
+        sregs: &kvm_bindings::kvm_sregs,
+    ) -> Result<(), VmError> {
+        self.fd.set_sregs(sregs).map_err(refused("set system registers"))?;
+        self.fd.set_regs(regs).map_err(refused("set registers"))
+    }
+}
+
+/// A signal, or a request to try again.
+fn is_interrupted(error: kvm_ioctls::Error) -> bool {
+    matches!(io::Error::from(error).kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+}
