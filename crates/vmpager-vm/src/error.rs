@@ -35,6 +35,17 @@ pub enum VmError {
         /// What it said.
         error: io::Error,
     },
+    /// KVM refused the value of a model-specific register.
+    #[error(
+        "KVM refused to load MSR {index:#x} with {value:#x}; restore on a host with the processor \
+         and the kernel of the one that saved"
+    )]
+    Msr {
+        /// Which register.
+        index: u32,
+        /// The value in the state file.
+        value: u64,
+    },
     /// The guest stopped in a way it never does by itself.
     #[error("vCPU {vcpu} stopped unexpectedly at rip {rip:#x}: {exit}")]
     Exit {

@@ -16,14 +16,14 @@ use vmpager_sys::memory::Mapping;
 
 use crate::device::to_usize;
 use crate::error::VmError;
-use crate::kvm::VcpuState;
+use crate::kvm::KvmState;
 use crate::layout::Layout;
 use crate::parallel::in_parallel;
 use crate::vm::CpuKind;
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
 /// The version this program writes, and the only one it reads.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// The two files of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,14 +52,14 @@ pub(crate) struct State {
     /// What prepared it.
     pub(crate) cpu: CpuKind,
     pub(crate) layout: Layout,
-    /// Empty if host threads prepared it: the guest then starts afresh.
-    pub(crate) vcpus: Vec<VcpuState>,
+    /// Absent if host threads prepared it: the guest then starts afresh.
+    pub(crate) kvm: Option<KvmState>,
 }
 
 impl State {
-    pub(crate) fn new(layout: &Layout, seed: u64, cpu: CpuKind, vcpus: Vec<VcpuState>) -> Self {
+    pub(crate) fn new(layout: &Layout, seed: u64, cpu: CpuKind, kvm: Option<KvmState>) -> Self {
         let memory_bytes = layout.memory_bytes();
-        Self { version: VERSION, memory_bytes, seed, cpu, layout: layout.clone(), vcpus }
+        Self { version: VERSION, memory_bytes, seed, cpu, layout: layout.clone(), kvm }
     }
 }
 
@@ -153,10 +153,12 @@ fn parse(text: &[u8]) -> Result<State, String> {
             state.layout, state.memory_bytes
         ));
     }
-    if !state.vcpus.is_empty() && state.vcpus.len() as u64 != state.layout.vcpus {
+    if let Some(kvm) = &state.kvm
+        && kvm.vcpus.len() as u64 != state.layout.vcpus
+    {
         return Err(format!(
-            "vcpus has {} entries, but layout.vcpus is {}",
-            state.vcpus.len(),
+            "kvm.vcpus has {} entries, but layout.vcpus is {}",
+            kvm.vcpus.len(),
             state.layout.vcpus
         ));
     }

@@ -98,7 +98,7 @@ impl Vm {
             }
         });
         let memory = GuestMemory::new(Arc::new(mapping), Memslot::flat(bytes));
-        Self::assemble(memory, layout, config.seed, config.cpu, &[])
+        Self::assemble(memory, layout, config.seed, config.cpu, None)
     }
 
     /// Restores a guest. Its vCPUs may be of another kind than those that
@@ -110,7 +110,8 @@ impl Vm {
     pub fn restore(snapshot: &Snapshot, memory: RestoreMemory, cpu: Cpu) -> Result<Self, VmError> {
         let state = &snapshot.state;
         let memory = GuestMemory::restore(snapshot, memory)?;
-        let mut vm = Self::assemble(memory, state.layout.clone(), state.seed, cpu, &state.vcpus)?;
+        let mut vm =
+            Self::assemble(memory, state.layout.clone(), state.seed, cpu, state.kvm.as_ref())?;
         vm.is_prepared = true;
         Ok(vm)
     }
@@ -120,7 +121,7 @@ impl Vm {
         layout: Layout,
         seed: u64,
         cpu: Cpu,
-        saved: &[kvm::VcpuState],
+        saved: Option<&kvm::KvmState>,
     ) -> Result<Self, VmError> {
         let device = Device::new(&layout)?;
         let machine = match cpu {
@@ -172,11 +173,8 @@ impl Vm {
             return Err(VmError::NotPrepared);
         }
         let cpu = self.cpu();
-        let vcpus = match &mut self.machine {
-            Some(machine) => machine.save()?,
-            None => Vec::new(),
-        };
-        let state = State::new(&self.layout, self.seed, cpu, vcpus);
+        let kvm = self.machine.as_mut().map(Builtin::save).transpose()?;
+        let state = State::new(&self.layout, self.seed, cpu, kvm);
         Snapshot::write(paths, state, &self.memory.mapping)
     }
 

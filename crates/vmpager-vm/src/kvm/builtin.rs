@@ -7,7 +7,8 @@ use kvm_ioctls::VcpuExit;
 use super::machine::{Machine, Parts};
 use super::program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED};
 use super::refused;
-use super::registers::{IOPL_3, VcpuState, initial_regs, initial_sregs};
+use super::registers::{IOPL_3, initial_regs, initial_sregs};
+use super::state::{KvmState, StateScope, VcpuState};
 use super::vcpu::{Answer, Stopped, Vcpu};
 use crate::error::VmError;
 use crate::layout::Layout;
@@ -28,14 +29,12 @@ impl Builtin {
     pub(crate) fn new(
         parts: &Parts<'_>,
         layout: &Layout,
-        saved: &[VcpuState],
+        saved: Option<&KvmState>,
     ) -> Result<Self, VmError> {
-        let mut machine = Machine::new(parts)?;
-        for (i, vcpu) in machine.vcpus.iter_mut().enumerate() {
-            match saved.get(i) {
-                Some(state) => load(vcpu, state)?,
-                None => reset(vcpu, layout)?,
-            }
+        let machine = Machine::new(parts)?;
+        match saved {
+            Some(state) => machine.load(state)?,
+            None => machine.vcpus.iter().try_for_each(|vcpu| reset(vcpu, layout))?,
         }
         Ok(Self(machine))
     }
@@ -52,9 +51,11 @@ impl Builtin {
         })
     }
 
-    /// The registers of all vCPUs, between rounds.
-    pub(crate) fn save(&mut self) -> Result<Vec<VcpuState>, VmError> {
-        self.0.vcpus.iter_mut().map(save).collect()
+    /// The state of all of it, between rounds.
+    pub(crate) fn save(&mut self) -> Result<KvmState, VmError> {
+        let vcpus = self.0.vcpus.iter_mut().map(|vcpu| save(vcpu, &self.0.scope));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        self.0.save(vcpus)
     }
 }
 
@@ -63,18 +64,11 @@ fn reset(vcpu: &Vcpu, layout: &Layout) -> Result<(), VmError> {
     vcpu.set_registers(&initial_regs(layout, vcpu.id), &initial_sregs(layout, sregs))
 }
 
-fn load(vcpu: &Vcpu, state: &VcpuState) -> Result<(), VmError> {
-    vcpu.set_registers(&state.regs.clone().into(), &state.sregs.clone().into())
-}
-
-fn save(vcpu: &mut Vcpu) -> Result<VcpuState, VmError> {
-    // Or the `out` that ended the last round would be executed again.
-    vcpu.complete()?;
-    let mut regs = vcpu.fd.get_regs().map_err(refused("read registers"))?;
+fn save(vcpu: &mut Vcpu, scope: &StateScope) -> Result<VcpuState, VmError> {
+    let mut state = vcpu.save(scope)?;
     // kvm_pvm forgets it; other hosts' ring 3 may not do `out` without.
-    regs.rflags |= IOPL_3;
-    let sregs = vcpu.fd.get_sregs().map_err(refused("read system registers"))?.into();
-    Ok(VcpuState { regs: regs.into(), sregs })
+    state.regs.rflags |= IOPL_3;
+    Ok(state)
 }
 
 /// One round: from the next entry to the event `done`.

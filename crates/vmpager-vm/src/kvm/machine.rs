@@ -8,6 +8,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmpager_sys::memory::Mapping;
 
+use super::state::{KvmState, MachineState, StateScope, VcpuState};
 use super::vcpu::Vcpu;
 use super::{cpuid, refused};
 use crate::error::VmError;
@@ -31,6 +32,8 @@ pub(crate) struct Parts<'a> {
 pub(crate) struct Machine {
     /// Whoever runs them takes them out.
     pub(crate) vcpus: Vec<Vcpu>,
+    /// What of it there is to save.
+    pub(super) scope: StateScope,
     // After the vCPUs and before the memory: KVM must let go of it first.
     pub(super) vm: VmFd,
     _memory: Vec<Arc<Mapping>>,
@@ -49,6 +52,7 @@ impl Machine {
         let offered = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("tell what processor it offers"))?;
+        let scope = StateScope::of(&kvm, &vm, parts.irqchip)?;
         let mut vcpus = Vec::new();
         for id in 0..parts.vcpus {
             let fd = vm.create_vcpu(id).map_err(refused("create a vCPU"))?;
@@ -56,7 +60,19 @@ impl Machine {
             fd.set_cpuid2(&cpuid).map_err(refused("set the vCPU's CPUID"))?;
             vcpus.push(Vcpu::new(id, fd)?);
         }
-        Ok(Self { vcpus, vm, _memory: memory })
+        Ok(Self { vcpus, scope, vm, _memory: memory })
+    }
+
+    /// Puts a saved state into a machine that has not run. Its memory must be
+    /// there, or be served by now: KVM touches it.
+    pub(crate) fn load(&self, state: &KvmState) -> Result<(), VmError> {
+        state.load(&self.vm, self.vcpus.iter().map(|vcpu| &vcpu.fd), &self.scope)
+    }
+
+    /// The state of a machine whose vCPUs, stopped and with their last exits
+    /// complete, were saved.
+    pub(crate) fn save(&self, vcpus: Vec<VcpuState>) -> Result<KvmState, VmError> {
+        Ok(KvmState { vcpus, machine: MachineState::save(&self.vm, &self.scope)? })
     }
 }
 

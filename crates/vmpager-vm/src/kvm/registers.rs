@@ -1,63 +1,10 @@
-//! A vCPU's registers, as the guest starts and as the state file keeps them.
+//! A vCPU's registers as the built-in guest starts.
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
-use serde::{Deserialize, Serialize};
 
 use super::program;
 use crate::PAGE_SIZE;
 use crate::layout::{Layout, TSS_OFFSET};
-
-/// Declares a serializable copy of a KVM structure, field by field, so that an
-/// error in a state file names the register.
-macro_rules! mirror {
-    ($name:ident of $kvm:ident { $($field:ident: $type:ty),* $(,)? }) => {
-        #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-        #[serde(deny_unknown_fields)]
-        pub(crate) struct $name { $($field: $type),* }
-
-        impl From<$kvm> for $name {
-            fn from(kvm: $kvm) -> Self {
-                Self { $($field: kvm.$field.into()),* }
-            }
-        }
-
-        impl From<$name> for $kvm {
-            fn from(saved: $name) -> Self {
-                let mut kvm = Self::default(); // some have padding
-                $(kvm.$field = saved.$field.into();)*
-                kvm
-            }
-        }
-    };
-}
-
-mirror!(Registers of kvm_regs {
-    rax: u64, rbx: u64, rcx: u64, rdx: u64, rsi: u64, rdi: u64, rsp: u64, rbp: u64,
-    r8: u64, r9: u64, r10: u64, r11: u64, r12: u64, r13: u64, r14: u64, r15: u64,
-    rip: u64, rflags: u64,
-});
-
-mirror!(Segment of kvm_segment {
-    base: u64, limit: u32, selector: u16, type_: u8, present: u8, dpl: u8, db: u8, s: u8, l: u8,
-    g: u8, avl: u8, unusable: u8,
-});
-
-mirror!(Table of kvm_dtable { base: u64, limit: u16 });
-
-mirror!(SystemRegisters of kvm_sregs {
-    cs: Segment, ds: Segment, es: Segment, fs: Segment, gs: Segment, ss: Segment, tr: Segment,
-    ldt: Segment, gdt: Table, idt: Table,
-    cr0: u64, cr2: u64, cr3: u64, cr4: u64, cr8: u64, efer: u64, apic_base: u64,
-    interrupt_bitmap: [u64; 4],
-});
-
-/// All the built-in guest has in a vCPU: it uses no FPU, no MSRs, no interrupts.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct VcpuState {
-    pub(crate) regs: Registers,
-    pub(crate) sregs: SystemRegisters,
-}
 
 /// The flags that let ring 3 use `out`.
 pub(super) const IOPL_3: u64 = 3 << 12;

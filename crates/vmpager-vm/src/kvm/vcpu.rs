@@ -8,6 +8,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::kick::Kick;
 use super::refused;
+use super::state::{StateScope, VcpuState};
 use crate::error::VmError;
 
 /// A vCPU, which belongs to whoever runs it.
@@ -79,8 +80,14 @@ impl Vcpu {
         }
     }
 
+    /// Takes its state, which is that after its last instruction.
+    pub(super) fn save(&mut self, scope: &StateScope) -> Result<VcpuState, VmError> {
+        self.complete()?;
+        VcpuState::save(&self.fd, scope)
+    }
+
     /// Completes the instruction of the last exit, and executes no other.
-    pub(super) fn complete(&mut self) -> Result<(), VmError> {
+    fn complete(&mut self) -> Result<(), VmError> {
         self.kick.stop();
         let entered = self.run(|exit| Answer::<()>::Unexpected(format!("{exit:?}")));
         self.kick.clear();
