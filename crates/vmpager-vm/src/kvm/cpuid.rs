@@ -7,6 +7,11 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 /// virtualisation deadlines were seen not to fire at all, and the one-shot mode
 /// that Linux uses instead costs about as much.
 const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: VMX. Hidden, as is SVM: a snapshot does not hold the state of a
+/// guest's own guests.
+const VMX: u32 = 1 << 5;
+/// Leaf 0x8000_0001, ECX.
+const SVM: u32 = 1 << 2;
 /// Leaf 1, ECX: this is a virtual machine.
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: the package has several logical processors.
@@ -25,12 +30,13 @@ pub(super) fn of_vcpu(offered: &CpuId, id: u64, vcpus: u64) -> CpuId {
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0xffff | vcpus << 16 | id << 24;
-                entry.ecx = entry.ecx & !TSC_DEADLINE | HYPERVISOR;
+                entry.ecx = entry.ecx & !(TSC_DEADLINE | VMX) | HYPERVISOR;
                 entry.edx = if vcpus > 1 { entry.edx | HTT } else { entry.edx & !HTT };
             }
             // Caches (Intel): none is shared, and there are that many cores.
             4 if entry.eax != 0 => entry.eax = entry.eax & 0x3fff | (vcpus - 1) << 26,
             0xb | 0x1f => topology(entry, id, vcpus),
+            0x8000_0001 => entry.ecx &= !SVM,
             // Cores (AMD), and the bits an APIC id has for them.
             0x8000_0008 => entry.ecx = (vcpus - 1) | id_bits(vcpus) << 12,
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
@@ -67,6 +73,18 @@ mod tests {
     fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
         let mut entries = cpuid.as_slice().iter();
         *entries.find(|e| (e.function, e.index) == (function, index)).unwrap()
+    }
+
+    #[test]
+    fn no_guest_is_offered_what_a_snapshot_cannot_hold() {
+        let entries = [1, 0x8000_0001].map(|function| kvm_cpuid_entry2 {
+            function,
+            ecx: u32::MAX,
+            ..Default::default()
+        });
+        let cpuid = of_vcpu(&CpuId::from_entries(&entries).unwrap(), 0, 1);
+        assert_eq!(leaf(&cpuid, 1, 0).ecx, !(TSC_DEADLINE | VMX));
+        assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx, !SVM);
     }
 
     #[test]
