@@ -34,6 +34,7 @@
 //! | `checksum` | a page's checksum, the same on host and guest |
 //! | `layout` | where the guest's own structures lie |
 //! | `memory` | guest memory and its memslots |
+//! | `devices` | a Linux guest's serial port, and how it ends |
 //! | `kvm` | machine, vCPUs, registers, the guest's program |
 //! | `threads` | the same work by host threads |
 //! | `workload`, `report` | what the guest is asked, what it answers |
@@ -46,6 +47,7 @@
 mod checksum;
 mod contents;
 mod device;
+mod devices;
 mod error;
 mod kvm;
 mod layout;
@@ -60,6 +62,7 @@ mod workload;
 
 pub use checksum::checksum;
 pub use contents::{Contents, Kind};
+pub use devices::{ConsoleInput, GuestEnd};
 pub use error::VmError;
 pub use report::{HostReport, RunReport, Stalls};
 pub use restore::RestoreMemory;
