@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use vmpager_sys::uffd::OpenError;
 
+use crate::linux::BootError;
+
 /// Why a VM could not be built, saved, restored or run.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
@@ -46,6 +48,9 @@ pub enum VmError {
         /// The value in the state file.
         value: u64,
     },
+    /// What the guest is to boot cannot be used.
+    #[error(transparent)]
+    Boot(#[from] BootError),
     /// The guest stopped in a way it never does by itself.
     #[error("vCPU {vcpu} stopped unexpectedly at rip {rip:#x}: {exit}")]
     Exit {

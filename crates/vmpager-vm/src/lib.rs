@@ -34,6 +34,7 @@
 //! | `checksum` | a page's checksum, the same on host and guest |
 //! | `layout` | where the guest's own structures lie |
 //! | `memory` | guest memory and its memslots |
+//! | `linux` | a Linux kernel, its initrd and tables, brought into memory |
 //! | `devices` | a Linux guest's serial port, and how it ends |
 //! | `kvm` | machine, vCPUs, registers, the guest's program |
 //! | `threads` | the same work by host threads |
@@ -51,6 +52,7 @@ mod devices;
 mod error;
 mod kvm;
 mod layout;
+mod linux;
 mod memory;
 mod parallel;
 mod report;
@@ -64,6 +66,7 @@ pub use checksum::checksum;
 pub use contents::{Contents, Kind};
 pub use devices::{ConsoleInput, GuestEnd};
 pub use error::VmError;
+pub use linux::{BootError, LinuxBoot, MAX_VCPUS};
 pub use report::{HostReport, RunReport, Stalls};
 pub use restore::RestoreMemory;
 pub use snapshot::{Snapshot, SnapshotPaths};
