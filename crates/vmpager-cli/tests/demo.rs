@@ -38,8 +38,11 @@ fn check_demo(report: &Value, vm: &str) {
     let faults = |run: usize| runs[run]["faults"].as_u64().unwrap();
     assert!(faults(2) > 0, "the pager served no fault");
     assert!(runs[3]["full_ms"].as_f64().unwrap() > 0.0);
-    // Holes of the file, a third of it, are not read.
-    assert!(runs[2]["bytes_read"].as_u64().unwrap() < (32 << 20) * 8 / 10);
+}
+
+/// Holes of the file, a third of it, are not read.
+fn check_holes(report: &Value) {
+    assert!(report["runs"][2]["bytes_read"].as_u64().unwrap() < (32 << 20) * 8 / 10);
 }
 
 #[test]
@@ -47,6 +50,16 @@ fn demo_on_host_threads_finds_every_page_right() {
     let Some(report) = json(&["demo", "--memory", "32M", "--cpu", "threads", "--json"]) else {
         return;
     };
+    check_demo(&report, "threads");
+    check_holes(&report);
+}
+
+/// Where many machines have their temporary files. Reading a hole there leaves
+/// nothing in the page cache; touching it in a mapping, as the VM does, fills it.
+#[test]
+fn demo_runs_on_tmpfs() {
+    let args = ["demo", "--memory", "32M", "--cpu", "threads", "--dir", "/dev/shm", "--json"];
+    let Some(report) = json(&args) else { return };
     check_demo(&report, "threads");
 }
 
@@ -58,6 +71,7 @@ fn demo_on_kvm_finds_every_page_right() {
     }
     let Some(report) = json(&["demo", "--memory", "32M", "--cpu", "kvm", "--json"]) else { return };
     check_demo(&report, "kvm");
+    check_holes(&report);
 }
 
 #[test]

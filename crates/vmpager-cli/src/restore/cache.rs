@@ -2,11 +2,14 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::Path;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
+use vmpager::core::PageSource;
+use vmpager::store::RawFile;
 use vmpager_sys::file_map::FileMap;
 use vmpager_sys::memory::Mapping;
 
@@ -47,13 +50,17 @@ pub(crate) fn prepare(path: &Path, cache: Cache) -> anyhow::Result<()> {
     let at = || format!("preparing the page cache of {}", path.display());
     let mut file = File::open(path).with_context(at)?;
     let len = file.metadata().with_context(at)?.len();
+    let data = data_ranges(path, len).with_context(at)?;
+    if data.is_empty() {
+        return Ok(());
+    }
     let mut resident = 0.0;
     for _ in 0..TRIES {
         match cache {
             Cache::Warm => read_through(&mut file).with_context(at)?,
             Cache::Cold => drop_pages(&file).with_context(at)?,
         }
-        resident = resident_share(&file, len).with_context(at)?;
+        resident = resident_share(&file, len, &data).with_context(at)?;
         let done = match cache {
             Cache::Warm => resident > 0.99,
             Cache::Cold => resident < 0.01,
@@ -78,17 +85,32 @@ fn drop_pages(file: &File) -> std::io::Result<()> {
     Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?)
 }
 
-/// Which share of the file's pages the page cache holds.
-fn resident_share(file: &File, len: u64) -> std::io::Result<f64> {
+/// Where the file is no hole. Holes cost no read, and on tmpfs reading them
+/// leaves nothing in the page cache.
+fn data_ranges(path: &Path, len: u64) -> anyhow::Result<Vec<Range<u64>>> {
+    let mut data = Vec::new();
+    let mut at = 0;
+    RawFile::open(path)?.visit_zero_ranges(&mut |hole| {
+        data.push(at..hole.start);
+        at = hole.end();
+    });
+    data.push(at..len);
+    data.retain(|range| !range.is_empty());
+    Ok(data)
+}
+
+/// Which share of the pages of these ranges the page cache holds.
+fn resident_share(file: &File, len: u64, data: &[Range<u64>]) -> std::io::Result<f64> {
     let map = FileMap::new(file.as_fd(), len)?;
-    let mut resident = 0;
-    let mut start = 0;
-    while start < len {
-        let end = len.min(start + 64 * 4096);
-        resident += u64::from(map.resident_pages(start..end)?.count_ones());
-        start = end;
+    let (mut resident, mut all) = (0, 0);
+    for range in data {
+        for start in range.clone().step_by(64 * 4096) {
+            let end = range.end.min(start + 64 * 4096);
+            resident += u64::from(map.resident_pages(start..end)?.count_ones());
+            all += (end - start) / 4096;
+        }
     }
     #[expect(clippy::cast_precision_loss, reason = "files have fewer than 2^53 pages")]
-    let share = resident as f64 / (len / 4096) as f64;
+    let share = resident as f64 / all as f64;
     Ok(share)
 }
