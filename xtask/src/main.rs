@@ -1,33 +1,32 @@
 //! Chores of the vmpager workspace.
 #![forbid(unsafe_code)]
 
+mod lab;
 mod loom;
 mod tidy;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const USAGE: &str = "\
-usage: cargo xtask <chore>
+use clap::Parser;
 
-  tidy   checks the style rules that neither rustfmt nor clippy knows
-  loom   runs the model checker over the page map (all interleavings)
-";
+/// Chores of the vmpager workspace.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Chore {
+    /// Checks the style rules that neither rustfmt nor clippy knows.
+    Tidy,
+    /// Runs the model checker over the page map (all interleavings).
+    Loom,
+    /// Runs the lab's tests in an emulated machine, on real KVM inside.
+    Lab(lab::LabArgs),
+}
 
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1);
-    let (chore, rest) = (args.next(), args.next());
-    let result = match (chore.as_deref(), rest) {
-        (Some("tidy"), None) => tidy::run(&root()),
-        (Some("loom"), None) => loom::run(&root()),
-        (Some("help" | "--help" | "-h"), None) => {
-            print!("{USAGE}");
-            Ok(())
-        }
-        _ => {
-            eprint!("{USAGE}");
-            return ExitCode::from(2);
-        }
+    let result = match Chore::parse() {
+        Chore::Tidy => tidy::run(&root()),
+        Chore::Loom => loom::run(&root()),
+        Chore::Lab(args) => lab::run(&root(), &args).map_err(|error| format!("{error:#}")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,7 +3,7 @@
 use super::Finding;
 
 /// Each crate and the crates of this workspace it may depend on.
-const ROOMS: [(&str, &[&str]); 9] = [
+const ROOMS: [(&str, &[&str]); 10] = [
     ("vmpager-core", &[]),
     ("vmpager-sys", &[]),
     ("vmpager-store", &["vmpager-core", "vmpager-sys"]),
@@ -12,6 +12,10 @@ const ROOMS: [(&str, &[&str]); 9] = [
     ("vmpager-vm", &["vmpager-core", "vmpager-sys", "vmpager"]),
     (
         "vmpager-cli",
+        &["vmpager", "vmpager-core", "vmpager-kvm", "vmpager-store", "vmpager-sys", "vmpager-vm"],
+    ),
+    (
+        "vmpager-lab",
         &["vmpager", "vmpager-core", "vmpager-kvm", "vmpager-store", "vmpager-sys", "vmpager-vm"],
     ),
     (TESTING, &[]),

@@ -1,0 +1,52 @@
+//! The emulated machine as such, and the built-in guest on it.
+
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use vmpager_kvm::probe::{self, Vendor};
+
+use super::Lab;
+
+/// The lab is worth nothing without KVM that runs guests by itself.
+pub(super) fn kvm_is_there(_: &Lab) -> anyhow::Result<()> {
+    let kvm = probe::kvm()?;
+    ensure!(kvm.irqchip, "KVM has no interrupt controllers");
+    ensure!(matches!(kvm.vendor, Some(Vendor::Amd | Vendor::Intel)), "KVM is {:?}", kvm.vendor);
+    ensure!(kvm.nested_paging == Some(true), "nested paging: {:?}", kvm.nested_paging);
+    Ok(())
+}
+
+pub(super) fn doctor_finds_what_restores_need(lab: &Lab) -> anyhow::Result<()> {
+    let report = json(Command::new(&lab.vmpager).args(["doctor", "--json"]))?;
+    for (answer, wanted) in
+        [("on_demand_restore", "yes"), ("guest", "kvm"), ("linux_guests", "yes")]
+    {
+        let found = &report["verdict"][answer];
+        ensure!(found == wanted, "{answer}: {found}, not {wanted}\n{report:#}");
+    }
+    Ok(())
+}
+
+pub(super) fn demo_restores_every_page_on_kvm(lab: &Lab) -> anyhow::Result<()> {
+    let report = json(
+        Command::new(&lab.vmpager)
+            .args(["demo", "--memory", "64M", "--cpu", "kvm", "--json", "--dir", "."]),
+    )?;
+    ensure!(report["vm"] == "kvm", "its vCPU was {}", report["vm"]);
+    ensure!(report["mismatches"] == 0, "mismatches: {report:#}");
+    let runs = report["runs"].as_array().map_or(0, Vec::len);
+    let verified = report["pages_verified"].as_u64().unwrap_or(0);
+    // In each run the guest touches every page, and the host looks at all.
+    ensure!(runs == 4 && verified >= 4 * 16_384, "{runs} runs, {verified} pages verified");
+    println!("{verified} pages verified in {runs} restores");
+    Ok(())
+}
+
+/// Runs a command that prints JSON.
+fn json(command: &mut Command) -> anyhow::Result<Value> {
+    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    let (out, err) = (&output.stdout, String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{command:?}: {}\n{err}", output.status);
+    serde_json::from_slice(out).with_context(|| format!("what {command:?} printed"))
+}

@@ -1,0 +1,107 @@
+//! The tests. Each runs in a process of its own with an empty current
+//! directory, and fails by returning an error.
+
+mod host;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use vmpager_kvm::probe;
+
+/// One test.
+#[derive(Debug)]
+pub(crate) struct Case {
+    /// Tests of one boot run one after the other in the same machine. What is
+    /// heavy, or may spoil the machine for others, has a boot of its own.
+    pub(crate) boot: &'static str,
+    pub(crate) name: &'static str,
+    /// How long it may take, in the emulator on a busy machine.
+    pub(crate) limit: Duration,
+    pub(crate) run: fn(&Lab) -> anyhow::Result<()>,
+}
+
+/// Every test, in the order in which they run.
+pub(crate) const ALL: &[Case] = &[
+    case("host", "kvm_is_there", 20, host::kvm_is_there),
+    case("host", "doctor_finds_what_restores_need", 20, host::doctor_finds_what_restores_need),
+    case("host", "demo_restores_every_page_on_kvm", 120, host::demo_restores_every_page_on_kvm),
+];
+
+const fn case(
+    boot: &'static str,
+    name: &'static str,
+    seconds: u64,
+    run: fn(&Lab) -> anyhow::Result<()>,
+) -> Case {
+    Case { boot, name, limit: Duration::from_secs(seconds), run }
+}
+
+/// The test with this name.
+pub(crate) fn named(name: &str) -> anyhow::Result<&'static Case> {
+    ALL.iter().find(|case| case.name == name).with_context(|| format!("there is no test `{name}`"))
+}
+
+/// Why Linux guests cannot run on this machine's KVM, if so.
+pub(crate) fn why_no_linux() -> Option<String> {
+    match probe::kvm() {
+        Err(error) => Some(error.to_string()),
+        Ok(kvm) if kvm.ring0_emulated() => {
+            Some("this KVM emulates ring 0: Linux guests do not boot on it".into())
+        }
+        Ok(_) => None,
+    }
+}
+
+/// What tests are given.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Lab {
+    /// The program `vmpager`.
+    #[arg(long)]
+    pub(crate) vmpager: PathBuf,
+    /// The guests' kernel.
+    #[arg(long)]
+    pub(crate) kernel: PathBuf,
+    /// What the guests start from.
+    #[arg(long)]
+    pub(crate) initrd: PathBuf,
+    /// A directory for the tests of one boot.
+    #[arg(long)]
+    pub(crate) scratch: PathBuf,
+    /// This is no emulated machine.
+    #[arg(long)]
+    pub(crate) direct: bool,
+}
+
+impl Lab {
+    /// The same, for another process.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
+        let Self { vmpager, kernel, initrd, scratch, direct } = self;
+        let direct = direct.then(|| "--direct".into());
+        [("--vmpager", vmpager), ("--kernel", kernel), ("--initrd", initrd), ("--scratch", scratch)]
+            .into_iter()
+            .flat_map(|(name, path)| [name.into(), path.clone().into_os_string()])
+            .chain(direct)
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_single_words_and_unique() {
+        let names: BTreeSet<&str> = ALL.iter().map(|case| case.name).collect();
+        assert_eq!(names.len(), ALL.len());
+        for case in ALL {
+            for word in [case.boot, case.name] {
+                let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+                assert!(!word.is_empty() && word.chars().all(is_plain), "{word}");
+            }
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The lab: an emulated machine in which Linux has a real `/dev/kvm`, and the
+//! lab's tests run on it. `docs/lab.md` tells how to use it.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `build` | the static programs that go in, and the list of their tests |
+//! | `kernel` | kernels, from files, packages or directories, with their modules |
+//! | `initramfs` | the file systems of the lab and of its guests |
+//! | `boot` | one run of the emulator, watched line by line |
+//! | `tally` | what a run's tests came to: none may be missing |
+//! | `tool` | programs this needs, and the packages that have them |
+
+mod boot;
+mod build;
+mod initramfs;
+mod kernel;
+mod tally;
+mod tool;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use boot::Boot;
+use build::{Case, Programs};
+use kernel::Kernel;
+use tally::Tally;
+
+/// Options of `cargo xtask lab`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "A kernel is a bzImage, a Debian kernel package (.deb), or a directory\n\
+    such a package was unpacked into. docs/lab.md tells how to get one.\n\n\
+    Example:\n  cargo xtask lab --host-kernel ~/kernels/bzImage --filter restore")]
+pub(crate) struct LabArgs {
+    /// The kernel of the Linux guests [default: the host kernel].
+    #[arg(long, value_name = "KERNEL", env = "VMPAGER_LAB_KERNEL")]
+    kernel: Option<PathBuf>,
+    /// The kernel of the emulated machine.
+    #[arg(long, value_name = "KERNEL", env = "VMPAGER_LAB_HOST_KERNEL")]
+    host_kernel: Option<PathBuf>,
+    /// Only run tests whose name has this in it.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    filter: String,
+    /// Print the tests and run none.
+    #[arg(long)]
+    list: bool,
+    /// Run on this machine's own /dev/kvm, without the emulator.
+    #[arg(long)]
+    direct: bool,
+    /// Give up after so many seconds, building not included.
+    #[arg(long, value_name = "SECONDS", default_value_t = 420)]
+    limit: u64,
+}
+
+/// Builds, boots, watches; fails if any test failed or did not run.
+pub(crate) fn run(root: &Path, args: &LabArgs) -> anyhow::Result<()> {
+    let target = root.join("target").join("lab");
+    let programs = build::programs(root, &target)?;
+    let cases: Vec<Case> =
+        build::cases(&programs)?.into_iter().filter(|c| c.name.contains(&args.filter)).collect();
+    if cases.is_empty() {
+        bail!("no test has `{}` in its name; --list prints them all", args.filter);
+    }
+    if args.list {
+        for case in &cases {
+            println!("{:<10} {:<44} {:>4} s at most", case.boot, case.name, case.limit.as_secs());
+        }
+        println!("{} tests", cases.len());
+        return Ok(());
+    }
+    let begin = Instant::now();
+    let deadline = begin + Duration::from_secs(args.limit);
+    let tally = if args.direct {
+        run_directly(args, &target, &programs, &cases, deadline)?
+    } else {
+        run_emulated(args, &target, &programs, &cases, deadline)?
+    };
+    println!("\nlab: {tally}, {} s", begin.elapsed().as_secs());
+    for failure in tally.failures() {
+        println!("  {failure}");
+    }
+    if tally.failures().is_empty() { Ok(()) } else { bail!("the lab failed: {tally}") }
+}
+
+/// Every group of tests in a boot of its own.
+fn run_emulated(
+    args: &LabArgs,
+    target: &Path,
+    programs: &Programs,
+    cases: &[Case],
+    deadline: Instant,
+) -> anyhow::Result<Tally> {
+    let host = args.host_kernel.as_deref().context(
+        "no kernel for the emulated machine: name one with --host-kernel or \
+         VMPAGER_LAB_HOST_KERNEL; docs/lab.md tells how to get one",
+    )?;
+    let host = Kernel::open(host, target)?;
+    let guest = args.kernel.as_deref().map(|path| Kernel::open(path, target)).transpose()?;
+    let guest = guest.as_ref().unwrap_or(&host);
+    tool::require("qemu-system-x86_64", "qemu-system-x86")?;
+    println!("lab: Linux {} as host, Linux {} as guest", host.release(), guest.release());
+
+    let scratch = scratch(target)?;
+    let initramfs = scratch.path().join("initramfs");
+    initramfs::host(&initramfs, programs, &host, guest)?;
+    let mut tally = Tally::default();
+    for (name, cases) in by_boot(cases) {
+        println!("\nboot {name}: {} tests", cases.len());
+        let socket = scratch.path().join("protocol");
+        let mut boot = Boot::emulated(&host, &initramfs, &socket, &cases)?;
+        tally.add(boot::watch(&mut boot, &cases, deadline));
+    }
+    tally.refuse_skips();
+    Ok(tally)
+}
+
+/// The same tests on this machine.
+fn run_directly(
+    args: &LabArgs,
+    target: &Path,
+    programs: &Programs,
+    cases: &[Case],
+    deadline: Instant,
+) -> anyhow::Result<Tally> {
+    let kernel = args.kernel.as_deref().context(
+        "no kernel for the guests: name one with --kernel or VMPAGER_LAB_KERNEL; docs/lab.md \
+         tells how to get one",
+    )?;
+    let guest = Kernel::open(kernel, target)?;
+    println!("lab: this machine as host, Linux {} as guest", guest.release());
+    let scratch = scratch(target)?;
+    let initrd = scratch.path().join("guest-initramfs");
+    initramfs::guest(&initrd, programs)?;
+    let mut boot = Boot::direct(programs, &guest, &initrd, scratch.path(), cases)?;
+    Ok(boot::watch(&mut boot, cases, deadline))
+}
+
+fn scratch(target: &Path) -> anyhow::Result<tempfile::TempDir> {
+    // Not below the target directory: a socket's path must be short.
+    let dir = tempfile::Builder::new().prefix("vmpager-lab-").tempdir();
+    dir.with_context(|| format!("a directory for {}", target.display()))
+}
+
+fn by_boot(cases: &[Case]) -> BTreeMap<&str, Vec<Case>> {
+    let mut boots: BTreeMap<&str, Vec<Case>> = BTreeMap::new();
+    for case in cases {
+        boots.entry(&case.boot).or_default().push(case.clone());
+    }
+    boots
+}
