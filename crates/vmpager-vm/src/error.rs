@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use vmpager_sys::uffd::OpenError;
 
 use crate::linux::BootError;
+use crate::state_file::StateError;
 
 /// Why a VM could not be built, saved, restored or run.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +78,15 @@ pub enum VmError {
         /// Which file.
         path: PathBuf,
         /// What is wrong with it, naming the field.
-        problem: String,
+        problem: StateError,
+    },
+    /// The state file is that of another kind of guest.
+    #[error("{path} is the state of a guest that runs {runs}: restore it as such")]
+    OtherGuest {
+        /// Which file.
+        path: PathBuf,
+        /// What its guest runs.
+        runs: &'static str,
     },
     /// The memory file does not belong to the state file.
     #[error(

@@ -39,6 +39,7 @@
 //! | `kvm` | machine, vCPUs, registers, the guest's program |
 //! | `threads` | the same work by host threads |
 //! | `workload`, `report` | what the guest is asked, what it answers |
+//! | `state_file` | all of a saved VM but its memory, versioned and checked |
 //! | `snapshot`, `restore` | state and memory files, and the ways back from them |
 //! | `vm` | all of it together |
 
@@ -58,6 +59,7 @@ mod parallel;
 mod report;
 mod restore;
 mod snapshot;
+mod state_file;
 mod threads;
 mod vm;
 mod workload;
@@ -70,6 +72,7 @@ pub use linux::{BootError, LinuxBoot, MAX_VCPUS};
 pub use report::{HostReport, RunReport, Stalls};
 pub use restore::RestoreMemory;
 pub use snapshot::{Snapshot, SnapshotPaths};
+pub use state_file::{MAX_STATE_BYTES, StateError, VmState};
 pub use vm::{Cpu, CpuKind, Vm, VmConfig};
 pub use workload::{Order, Workload};
 

@@ -1,4 +1,4 @@
-//! A saved VM: a state file (JSON) and a memory file beside it, sparse, byte
+//! A saved VM: a state file and a memory file beside it, sparse, byte
 //! `n` of the file being gpa `n`.
 //!
 //! Both are written under another name, synced, and renamed when complete. The
@@ -7,19 +7,16 @@
 //! restored from: it is replaced, never written to.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use vmpager_sys::memory::Mapping;
 
 use crate::device::to_usize;
 use crate::error::VmError;
-use crate::kvm::KvmState;
-use crate::layout::Layout;
 use crate::parallel::in_parallel;
-use crate::vm::CpuKind;
+use crate::state_file::{MAX_STATE_BYTES, VmState};
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
 /// The version this program writes, and the only one it reads.
@@ -42,32 +39,11 @@ impl SnapshotPaths {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct State {
-    pub(crate) version: u64,
-    pub(crate) memory_bytes: u64,
-    /// Of the contents.
-    pub(crate) seed: u64,
-    /// What prepared it.
-    pub(crate) cpu: CpuKind,
-    pub(crate) layout: Layout,
-    /// Absent if host threads prepared it: the guest then starts afresh.
-    pub(crate) kvm: Option<KvmState>,
-}
-
-impl State {
-    pub(crate) fn new(layout: &Layout, seed: u64, cpu: CpuKind, kvm: Option<KvmState>) -> Self {
-        let memory_bytes = layout.memory_bytes();
-        Self { version: VERSION, memory_bytes, seed, cpu, layout: layout.clone(), kvm }
-    }
-}
-
 /// A snapshot whose state was read and found consistent with its memory file.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     pub(crate) paths: SnapshotPaths,
-    pub(crate) state: State,
+    pub(crate) state: VmState,
 }
 
 impl Snapshot {
@@ -79,8 +55,8 @@ impl Snapshot {
     /// another version or contradicts itself; [`VmError::MemorySize`] if the
     /// memory file is not its.
     pub fn open(paths: &SnapshotPaths) -> Result<Self, VmError> {
-        let text = fs::read(&paths.state).map_err(VmError::file("read", &paths.state))?;
-        let state = parse(&text)
+        let bytes = read_state(&paths.state).map_err(VmError::file("read", &paths.state))?;
+        let state = VmState::parse(&bytes)
             .map_err(|problem| VmError::State { path: paths.state.clone(), problem })?;
         let metadata = fs::metadata(&paths.memory).map_err(VmError::file("read", &paths.memory))?;
         if metadata.len() != state.memory_bytes {
@@ -95,7 +71,7 @@ impl Snapshot {
 
     pub(crate) fn write(
         paths: &SnapshotPaths,
-        state: State,
+        state: VmState,
         memory: &Mapping,
     ) -> Result<Self, VmError> {
         match fs::remove_file(&paths.state) {
@@ -105,8 +81,7 @@ impl Snapshot {
             _ => {}
         }
         write_beside(&paths.memory, |file| write_memory(file, memory))?;
-        let text = serde_json::to_vec_pretty(&state).expect("plain fields always serialize");
-        write_beside(&paths.state, |file| file.write_all_at(&text, 0))?;
+        write_beside(&paths.state, |file| file.write_all_at(&state.encode(), 0))?;
         Ok(Self { paths: paths.clone(), state })
     }
 
@@ -120,49 +95,17 @@ impl Snapshot {
         self.state.memory_bytes
     }
 
-    /// The seed of its contents.
-    pub fn seed(&self) -> u64 {
-        self.state.seed
-    }
-
     /// Number of vCPUs.
     pub fn vcpus(&self) -> u64 {
-        self.state.layout.vcpus
+        self.state.vcpus()
     }
 }
 
-fn parse(text: &[u8]) -> Result<State, String> {
-    #[derive(Deserialize)]
-    struct Version {
-        version: u64,
-    }
-    // First by itself: the fields of another version are none of our business.
-    let Version { version } = serde_json::from_slice(text).map_err(|e| e.to_string())?;
-    if version != VERSION {
-        return Err(format!(
-            "version is {version}, this program reads version {VERSION}; take the snapshot again \
-             with this program"
-        ));
-    }
-    let state: State = serde_json::from_slice(text).map_err(|e| e.to_string())?;
-    let expected =
-        Layout::new(state.memory_bytes, state.layout.vcpus).map_err(|e| e.to_string())?;
-    if state.layout != expected {
-        return Err(format!(
-            "layout is {:?}, but memory_bytes {} is laid out as {expected:?}",
-            state.layout, state.memory_bytes
-        ));
-    }
-    if let Some(kvm) = &state.kvm
-        && kvm.vcpus.len() as u64 != state.layout.vcpus
-    {
-        return Err(format!(
-            "kvm.vcpus has {} entries, but layout.vcpus is {}",
-            kvm.vcpus.len(),
-            state.layout.vcpus
-        ));
-    }
-    Ok(state)
+/// Reads as much of a file as a state file can have.
+fn read_state(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_STATE_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Writes a file under a temporary name, syncs it, gives it its name.

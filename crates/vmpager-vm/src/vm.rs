@@ -16,7 +16,8 @@ use crate::memory::{GuestMemory, Memslot};
 use crate::parallel::in_parallel;
 use crate::report::{HostReport, RunReport};
 use crate::restore::RestoreMemory;
-use crate::snapshot::{Snapshot, SnapshotPaths, State};
+use crate::snapshot::{Snapshot, SnapshotPaths};
+use crate::state_file::{BuiltinState, Guest, VmState};
 use crate::workload::Workload;
 use crate::{PAGE_BYTES, threads};
 
@@ -109,9 +110,12 @@ impl Vm {
     /// If its memory cannot be had in that way, or KVM refuses.
     pub fn restore(snapshot: &Snapshot, memory: RestoreMemory, cpu: Cpu) -> Result<Self, VmError> {
         let state = &snapshot.state;
+        let Guest::Builtin(guest) = &state.guest else {
+            return Err(VmError::OtherGuest { path: snapshot.paths.state.clone(), runs: "Linux" });
+        };
         let memory = GuestMemory::restore(snapshot, memory)?;
-        let mut vm =
-            Self::assemble(memory, state.layout.clone(), state.seed, cpu, state.kvm.as_ref())?;
+        let (layout, kvm) = (guest.layout.clone(), state.kvm.as_ref());
+        let mut vm = Self::assemble(memory, layout, guest.seed, cpu, kvm)?;
         vm.is_prepared = true;
         Ok(vm)
     }
@@ -174,7 +178,13 @@ impl Vm {
         }
         let cpu = self.cpu();
         let kvm = self.machine.as_mut().map(Builtin::save).transpose()?;
-        let state = State::new(&self.layout, self.seed, cpu, kvm);
+        let layout = self.layout.clone();
+        let state = VmState {
+            memory_bytes: layout.memory_bytes(),
+            memslots: self.memory.slots.clone(),
+            guest: Guest::Builtin(BuiltinState { seed: self.seed, cpu, layout }),
+            kvm,
+        };
         Snapshot::write(paths, state, &self.memory.mapping)
     }
 

@@ -107,7 +107,7 @@ fn snapshots_move_between_kinds_of_vcpu() {
 fn a_flipped_byte_is_reported_as_exactly_its_page() {
     for cpu in cpus() {
         let (_dir, snapshot) = snapshot(&config(cpu));
-        let contents = Contents::new(snapshot.seed());
+        let contents = Contents::new(config(cpu).seed);
         for kind in [Kind::Zero, Kind::Text] {
             // Pages past the guest's own structures.
             let page = (1000..MEMORY / 4096).find(|p| contents.kind(*p) == kind).unwrap();

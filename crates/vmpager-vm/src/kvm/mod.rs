@@ -18,6 +18,8 @@ pub(crate) use kick::Kick;
 pub(crate) use machine::{Machine, Parts};
 pub(crate) use program::{Command, Parameters, code};
 pub(crate) use state::KvmState;
+#[cfg(test)]
+pub(crate) use state::{Irqchip, Lapic, MachineState, VcpuState};
 pub(crate) use tsc::nanoseconds_per_cycle;
 pub(crate) use vcpu::{Answer, Stopped, Vcpu};
 pub(crate) use view::view;

@@ -31,6 +31,7 @@ mirror!(
 
 /// The timer, an 8254.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Pit {
     pub(crate) channels: [PitChannel; 3],
@@ -39,6 +40,7 @@ pub(crate) struct Pit {
 
 /// The I/O APIC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct IoApic {
     pub(crate) base_address: u64,
@@ -50,6 +52,7 @@ pub(crate) struct IoApic {
 
 /// The interrupt controllers and the timer of a full in-kernel irqchip.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Irqchip {
     pub(crate) pic_master: Pic,
@@ -60,6 +63,7 @@ pub(crate) struct Irqchip {
 
 /// What is left of a VM's state beside its vCPUs and its memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct MachineState {
     pub(crate) irqchip: Option<Irqchip>,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// In a state file, the registers are one string of hexadecimal digits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(transparent)]
 pub(crate) struct Lapic(#[serde(with = "hex")] pub(crate) [u8; 1024]);
 

@@ -9,6 +9,7 @@ macro_rules! mirror {
     ) => {
         $(#[$meta])*
         #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        #[cfg_attr(test, derive(proptest_derive::Arbitrary))]
         #[serde(deny_unknown_fields)]
         pub(crate) struct $name { $(pub(crate) $field: $type),* }
 

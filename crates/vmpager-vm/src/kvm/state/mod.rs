@@ -32,7 +32,11 @@ mod xsave;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use irqchip::Irqchip;
 pub(crate) use irqchip::MachineState;
+#[cfg(test)]
+pub(crate) use lapic::Lapic;
 pub(crate) use scope::StateScope;
 pub(crate) use vcpu::VcpuState;
 
@@ -44,6 +48,7 @@ use crate::error::VmError;
 
 /// All of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct KvmState {
     pub(crate) vcpus: Vec<VcpuState>,

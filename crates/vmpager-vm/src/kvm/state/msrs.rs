@@ -41,6 +41,7 @@ const BATCH: usize = 128;
 
 /// One register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Msr {
     pub(crate) index: u32,

@@ -29,6 +29,7 @@ mirror!(DebugRegisters of kvm_debugregs { db: [u64; 4], dr6: u64, dr7: u64 });
 
 /// An extended control register.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ExtendedControl {
     pub(crate) xcr: u32,

@@ -19,6 +19,7 @@ use crate::error::VmError;
 
 /// A vCPU that does not run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct VcpuState {
     pub(crate) cpuid: Vec<CpuidEntry>,

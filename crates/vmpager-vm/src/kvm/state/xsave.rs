@@ -16,6 +16,7 @@ pub(super) const WORD: usize = size_of::<u32>();
 
 /// In a state file, the area is one string of hexadecimal digits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(proptest_derive::Arbitrary))]
 #[serde(transparent)]
 pub(crate) struct XsaveArea(#[serde(with = "hex")] pub(crate) Vec<u8>);
 
