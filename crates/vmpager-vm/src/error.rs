@@ -120,6 +120,21 @@ pub enum VmError {
         /// What the system said.
         error: io::Error,
     },
+    /// The pager in this process could not start.
+    #[error(transparent)]
+    Pager(#[from] vmpager::PagerError),
+    /// The memory file is not fit to be served.
+    #[error(transparent)]
+    Source(#[from] vmpager::store::OpenError),
+    /// No eventfd could be had, or waited for.
+    #[error("using an eventfd: {0}; raise the limit on open files (ulimit -n)")]
+    Eventfd(io::Error),
+    /// No thread could be had for a vCPU.
+    #[error("starting a vCPU's thread: {0}; raise the limit on processes (ulimit -u)")]
+    Thread(io::Error),
+    /// The guest has ended.
+    #[error("the guest has ended: there is nothing left to run or to save")]
+    Ended,
     /// No userfaultfd for on-demand memory.
     #[error(transparent)]
     Userfaultfd(#[from] OpenError),

@@ -41,7 +41,9 @@
 //! | `workload`, `report` | what the guest is asked, what it answers |
 //! | `state_file` | all of a saved VM but its memory, versioned and checked |
 //! | `snapshot`, `restore` | state and memory files, and the ways back from them |
-//! | `vm` | all of it together |
+//! | `vm` | the VM with the built-in guest |
+//! | `run` | vCPU threads of a Linux guest |
+//! | `linux_vm` | the VM with a Linux guest |
 
 #![deny(unsafe_code)]
 #![allow(dead_code, unused_imports, reason = "parts of the Linux guest arrive one by one")]
@@ -54,10 +56,12 @@ mod error;
 mod kvm;
 mod layout;
 mod linux;
+mod linux_vm;
 mod memory;
 mod parallel;
 mod report;
 mod restore;
+mod run;
 mod snapshot;
 mod state_file;
 mod threads;
@@ -69,6 +73,7 @@ pub use contents::{Contents, Kind};
 pub use devices::{ConsoleInput, GuestEnd};
 pub use error::VmError;
 pub use linux::{BootError, LinuxBoot, MAX_VCPUS};
+pub use linux_vm::{LinuxConfig, LinuxVm};
 pub use report::{HostReport, RunReport, Stalls};
 pub use restore::RestoreMemory;
 pub use snapshot::{Snapshot, SnapshotPaths};

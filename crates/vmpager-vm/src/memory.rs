@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
+use vmpager::Pager;
 use vmpager_sys::memory::Mapping;
 use vmpager_sys::uffd::Userfaultfd;
 
@@ -62,21 +63,38 @@ impl Memslot {
 pub(crate) struct GuestMemory {
     pub(crate) mapping: Arc<Mapping>,
     pub(crate) slots: Vec<Memslot>,
-    // A pager takes the end of the connection for the end of the VM, and the
-    // end of the descriptor would turn absent pages into zeroes. Dropped after
-    // the machine, in this order.
-    pager: Option<(UnixStream, Userfaultfd)>,
+    // Dropped after the machine.
+    served: Option<Served>,
+}
+
+/// Who brings absent pages.
+#[derive(Debug)]
+pub(crate) enum Served {
+    /// A thread of this process.
+    InProcess(Box<Pager>),
+    /// A pager at the other end of a socket. It takes the end of the connection
+    /// for the end of the VM, and the end of the descriptor would turn absent
+    /// pages into zeroes: dropped in this order.
+    ByPeer(UnixStream, Userfaultfd),
 }
 
 impl GuestMemory {
     pub(crate) fn new(mapping: Arc<Mapping>, slots: Vec<Memslot>) -> Self {
-        Self { mapping, slots, pager: None }
+        Self { mapping, slots, served: None }
     }
 
-    /// The same, its absent pages brought by a pager in another process.
-    pub(crate) fn served_by(mut self, connection: UnixStream, uffd: Userfaultfd) -> Self {
-        self.pager = Some((connection, uffd));
+    /// The same, its absent pages brought by somebody.
+    pub(crate) fn served(mut self, by: Served) -> Self {
+        self.served = Some(by);
         self
+    }
+
+    /// The pager in this process, if there is one.
+    pub(crate) fn pager(&self) -> Option<&Pager> {
+        match &self.served {
+            Some(Served::InProcess(pager)) => Some(pager),
+            Some(Served::ByPeer(..)) | None => None,
+        }
     }
 
     /// Fresh memory around the hole for devices, from a memfd of its own.

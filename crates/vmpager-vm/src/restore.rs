@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
+use vmpager::Pager;
+use vmpager::store::RawFile;
 use vmpager_sys::memory::{GuestRange, Mapping};
 use vmpager_sys::peer::send_with_fds;
 use vmpager_sys::uffd::{Features, Userfaultfd};
 
 use crate::device::to_usize;
 use crate::error::VmError;
-use crate::memory::{GuestMemory, Memslot};
+use crate::memory::{GuestMemory, Memslot, Served};
 use crate::snapshot::Snapshot;
 
 /// Where a restored VM's memory comes from.
@@ -30,6 +32,12 @@ pub enum RestoreMemory {
         socket: PathBuf,
         /// Whether the memory is made of hugetlb pages of 2 MiB.
         huge_pages: bool,
+    },
+    /// Absent memory, whose pages a thread of this process brings as they are
+    /// touched.
+    InProcess {
+        /// Whether it brings the others too, while nobody waits.
+        background_fill: bool,
     },
     /// Memory the caller has prepared (and serves, if its pages are absent).
     /// It must have [`Snapshot::memory_bytes`] bytes.
@@ -62,7 +70,15 @@ impl GuestMemory {
                     if huge_pages { Mapping::hugetlb_2m(len) } else { Mapping::anonymous(len) };
                 let mapping = Arc::new(mapping.map_err(cannot_map)?);
                 let (connection, uffd) = hand_over(&mapping, &socket, huge_pages)?;
-                Ok(Self::new(mapping, slots).served_by(connection, uffd))
+                Ok(Self::new(mapping, slots).served(Served::ByPeer(connection, uffd)))
+            }
+            RestoreMemory::InProcess { background_fill } => {
+                let mapping = Arc::new(Mapping::anonymous(len).map_err(cannot_map)?);
+                let pager = Pager::builder(RawFile::open(path)?)
+                    .region(&GuestRange::of_mapping(&mapping), 0)
+                    .background_fill(background_fill)
+                    .start()?;
+                Ok(Self::new(mapping, slots).served(Served::InProcess(Box::new(pager))))
             }
             RestoreMemory::Prepared(mapping) if mapping.len() == len => {
                 Ok(Self::new(mapping, slots))

@@ -1,17 +1,21 @@
 //! A KVM virtual machine: memslots, interrupt controllers, vCPUs.
 
+use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 use vmpager_sys::memory::Mapping;
 
 use super::state::{KvmState, MachineState, StateScope, VcpuState};
 use super::vcpu::Vcpu;
 use super::{cpuid, refused};
 use crate::error::VmError;
+use crate::linux::{Entry, INITIAL_MSRS};
 use crate::memory::{GuestMemory, Memslot};
 
 /// What a machine is made of.
@@ -73,6 +77,38 @@ impl Machine {
     /// complete, were saved.
     pub(crate) fn save(&self, vcpus: Vec<VcpuState>) -> Result<KvmState, VmError> {
         Ok(KvmState { vcpus, machine: MachineState::save(&self.vm, &self.scope)? })
+    }
+
+    /// Has an eventfd raise an interrupt line.
+    pub(crate) fn connect_interrupt(&self, interrupt: &EventFd, line: u32) -> Result<(), VmError> {
+        self.vm.register_irqfd(interrupt, line).map_err(refused("connect an interrupt"))
+    }
+
+    /// Puts the boot vCPU at a kernel's entry. The others wait to be started by
+    /// the guest (INIT, SIPI), as they do after reset.
+    pub(crate) fn set_linux_entry(&self, entry: &Entry) -> Result<(), VmError> {
+        let msrs =
+            INITIAL_MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+        let msrs = Msrs::from_entries(&msrs).expect("fewer than KVM takes");
+        for vcpu in &self.vcpus {
+            vcpu.fd.set_msrs(&msrs).map_err(refused("set MSRs"))?;
+        }
+        let Some(boot) = self.vcpus.first() else { return Ok(()) };
+        let reset = boot.fd.get_sregs().map_err(refused("read system registers"))?;
+        boot.set_registers(&entry.regs(), &entry.sregs(reset))
+    }
+
+    /// Tells a guest with KVM's clock that it was paused, lest its watchdogs take
+    /// the time for a lockup.
+    pub(crate) fn tell_of_pause(&self) -> Result<(), VmError> {
+        for vcpu in &self.vcpus {
+            match vcpu.fd.kvmclock_ctrl().map_err(io::Error::from) {
+                // A guest that does not use that clock has nothing to be told.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
+                told => told.map_err(|error| VmError::Kvm { what: "tell of a pause", error })?,
+            }
+        }
+        Ok(())
     }
 }
 
