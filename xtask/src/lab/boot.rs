@@ -63,7 +63,9 @@ impl Boot {
             .with_context(|| format!("listening on {}", socket.display()))?;
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt", "-smp", "2"])
+            // No XSAVE: the emulator does not let KVM intercept XSETBV, so KVM would
+            // run a guest that turns AVX on with it off.
+            .args(["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt,-xsave", "-smp", "2"])
             .args(["-m", &MEMORY_MIB.to_string(), "-nodefaults", "-no-user-config"])
             .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
             .args(["-chardev", &format!("socket,id=protocol,path={}", socket.display())])
