@@ -15,7 +15,10 @@ use crate::error::VmError;
 use crate::kvm::{Machine, Parts, view};
 use crate::linux::{self, LinuxBoot};
 use crate::memory::GuestMemory;
+use crate::restore::RestoreMemory;
 use crate::run::{End, Running};
+use crate::snapshot::{Snapshot, SnapshotPaths};
+use crate::state_file::{Guest, LinuxState, StateError, VmState};
 
 /// A Linux guest to boot.
 #[derive(Clone, Debug)]
@@ -62,17 +65,83 @@ impl LinuxVm {
         }
         let memory = GuestMemory::memfd(config.memory_bytes, config.huge_pages)?;
         let entry = linux::load(&view(&memory)?, &config.boot, config.vcpus)?;
-        let machine = machine(&memory, config.vcpus)?;
+        let machine = machine(&memory, config.vcpus.into())?;
         machine.set_linux_entry(&entry)?;
         let interrupt = serial_interrupt(&machine)?;
-        Ok(Self {
-            running: None,
-            machine,
-            ports: Arc::new(Ports::new(console, interrupt)),
-            end: Arc::new(End::new()?),
-            memory,
-            cmdline: config.boot.cmdline.clone(),
-        })
+        let ports = Ports::new(console, interrupt);
+        Self::paused(machine, ports, memory, config.boot.cmdline.clone())
+    }
+
+    /// Restores a guest, which goes on from where it was saved once it is
+    /// resumed. Any number of VMs can be restored from one snapshot.
+    ///
+    /// # Errors
+    ///
+    /// If the snapshot is not that of a Linux guest, its memory cannot be had in
+    /// that way, or KVM refuses its state.
+    pub fn restore(
+        snapshot: &Snapshot,
+        memory: RestoreMemory,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Self, VmError> {
+        let path = &snapshot.paths.state;
+        let (Guest::Linux(guest), Some(kvm)) = (&snapshot.state.guest, &snapshot.state.kvm) else {
+            return Err(VmError::OtherGuest { path: path.clone(), runs: "the built-in program" });
+        };
+        let memory = GuestMemory::restore(snapshot, memory)?;
+        let machine = machine(&memory, snapshot.vcpus())?;
+        machine.load(kvm)?;
+        // After the interrupt controllers: a device raises what it had raised.
+        let interrupt = serial_interrupt(&machine)?;
+        let ports = Ports::from_state(&guest.devices, console, interrupt).map_err(|problem| {
+            let problem = StateError::field("guest.linux", problem);
+            VmError::State { path: path.clone(), problem }
+        })?;
+        Self::paused(machine, ports, memory, guest.cmdline.clone())
+    }
+
+    fn paused(
+        machine: Machine,
+        ports: Ports,
+        memory: GuestMemory,
+        cmdline: String,
+    ) -> Result<Self, VmError> {
+        let (ports, end) = (Arc::new(ports), Arc::new(End::new()?));
+        Ok(Self { running: None, machine, ports, end, memory, cmdline })
+    }
+
+    /// Saves the guest, replacing what was at these paths. A guest that runs is
+    /// paused for it, and runs on afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError::Ended`] if it has ended; or if KVM refuses, or a file cannot
+    /// be written.
+    pub fn snapshot(&mut self, paths: &SnapshotPaths) -> Result<Snapshot, VmError> {
+        let was_running = self.is_running();
+        self.pause();
+        let saved = self.save(paths);
+        if was_running && !self.end.has_ended() {
+            self.resume()?;
+        }
+        saved
+    }
+
+    fn save(&mut self, paths: &SnapshotPaths) -> Result<Snapshot, VmError> {
+        if self.end.has_ended() {
+            return Err(VmError::Ended);
+        }
+        let state = VmState {
+            memory_bytes: self.memory.mapping.len() as u64,
+            memslots: self.memory.slots.clone(),
+            kvm: Some(self.machine.save()?),
+            guest: Guest::Linux(LinuxState {
+                cmdline: self.cmdline.clone(),
+                devices: self.ports.state(),
+            }),
+        };
+        // Memory comes last: to answer, KVM may write to it.
+        Snapshot::write(paths, state, &self.memory)
     }
 
     /// Lets the guest run, until it ends or is paused. A guest that runs already
@@ -162,8 +231,8 @@ impl AsFd for LinuxVm {
     }
 }
 
-fn machine(memory: &GuestMemory, vcpus: u8) -> Result<Machine, VmError> {
-    Machine::new(&Parts { memory, device: None, vcpus: vcpus.into(), irqchip: true })
+fn machine(memory: &GuestMemory, vcpus: u64) -> Result<Machine, VmError> {
+    Machine::new(&Parts { memory, device: None, vcpus, irqchip: true })
 }
 
 /// What raises the serial port's interrupt.

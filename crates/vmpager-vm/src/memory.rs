@@ -11,11 +11,13 @@
 //! ```
 
 use std::io;
-use std::os::fd::AsFd;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, seek};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vmpager::Pager;
 use vmpager_sys::memory::Mapping;
@@ -63,6 +65,8 @@ impl Memslot {
 pub(crate) struct GuestMemory {
     pub(crate) mapping: Arc<Mapping>,
     pub(crate) slots: Vec<Memslot>,
+    /// What the mapping maps, if that is this VM's own.
+    memfd: Option<OwnedFd>,
     // Dropped after the machine.
     served: Option<Served>,
 }
@@ -80,7 +84,7 @@ pub(crate) enum Served {
 
 impl GuestMemory {
     pub(crate) fn new(mapping: Arc<Mapping>, slots: Vec<Memslot>) -> Self {
-        Self { mapping, slots, served: None }
+        Self { mapping, slots, memfd: None, served: None }
     }
 
     /// The same, its absent pages brought by somebody.
@@ -100,14 +104,37 @@ impl GuestMemory {
     /// Fresh memory around the hole for devices, from a memfd of its own.
     pub(crate) fn memfd(bytes: u64, huge_pages: bool) -> Result<Self, VmError> {
         check_size(bytes, if huge_pages { 2 << 20 } else { PAGE_SIZE })?;
-        let mapping = map_memfd(bytes, huge_pages).map_err(|error| {
+        let (mapping, memfd) = map_memfd(bytes, huge_pages).map_err(|error| {
             if huge_pages {
                 VmError::HugePages { bytes, error }
             } else {
                 VmError::Memory { bytes, error }
             }
         })?;
-        Ok(Self::new(Arc::new(mapping), Memslot::around_the_hole(bytes)))
+        let memory = Self::new(Arc::new(mapping), Memslot::around_the_hole(bytes));
+        Ok(Self { memfd: Some(memfd), ..memory })
+    }
+
+    /// The ranges outside which all bytes are zero. To look at a page of a memfd
+    /// is to make it, so that whoever reads all of memory reads these.
+    pub(crate) fn data(&self) -> io::Result<Vec<Range<u64>>> {
+        let end = self.mapping.len() as u64;
+        let mut ranges = Vec::new();
+        let Some(memfd) = &self.memfd else {
+            ranges.push(0..end);
+            return Ok(ranges);
+        };
+        let mut at = 0;
+        while at < end {
+            let start = match seek(memfd, SeekFrom::Data(at)) {
+                Ok(start) => start,
+                Err(Errno::NXIO) => break,
+                Err(error) => return Err(error.into()),
+            };
+            at = seek(memfd, SeekFrom::Hole(start))?.min(end);
+            ranges.push(start..at);
+        }
+        Ok(ranges)
     }
 }
 
@@ -126,7 +153,7 @@ fn check_size(bytes: u64, page: u64) -> Result<(), VmError> {
     Ok(())
 }
 
-fn map_memfd(bytes: u64, huge_pages: bool) -> io::Result<Mapping> {
+fn map_memfd(bytes: u64, huge_pages: bool) -> io::Result<(Mapping, OwnedFd)> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let huge =
         if huge_pages { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
@@ -134,7 +161,7 @@ fn map_memfd(bytes: u64, huge_pages: bool) -> io::Result<Mapping> {
     rustix::fs::ftruncate(&memfd, bytes)?;
     // Nobody who gets hold of it can take pages away under the guest.
     rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Mapping::file_shared(memfd.as_fd(), to_usize(bytes))
+    Ok((Mapping::file_shared(memfd.as_fd(), to_usize(bytes))?, memfd))
 }
 
 #[cfg(test)]
@@ -167,6 +194,19 @@ mod tests {
             let error = GuestMemory::memfd(bytes, huge).unwrap_err().to_string();
             assert!(error.contains(&format!("memory size {bytes} ")), "{error}");
         }
+    }
+
+    #[test]
+    fn looking_for_data_finds_what_was_written_and_makes_nothing() {
+        let memory = GuestMemory::memfd(16 * GIB, false).unwrap();
+        assert_eq!(memory.data().unwrap(), []);
+        for offset in [4096, 5 * GIB, 16 * GIB - 8] {
+            memory.mapping.write_u64(to_usize(offset), 1);
+        }
+        let page = |offset| offset..offset + 4096;
+        let written = [page(4096), page(5 * GIB), page(16 * GIB - 4096)];
+        assert_eq!(memory.data().unwrap(), written);
+        assert_eq!(memory.data().unwrap(), written);
     }
 
     /// The same bytes by gpa, by offset, and through both slots.

@@ -15,7 +15,7 @@ use vmpager_sys::uffd::{Features, Userfaultfd};
 
 use crate::device::to_usize;
 use crate::error::VmError;
-use crate::memory::{GuestMemory, Memslot, Served};
+use crate::memory::{GuestMemory, Served};
 use crate::snapshot::Snapshot;
 
 /// Where a restored VM's memory comes from.
@@ -50,7 +50,7 @@ impl GuestMemory {
         let len = to_usize(bytes);
         let cannot_map = |error| VmError::Memory { bytes, error };
         let path = &snapshot.paths.memory;
-        let slots = Memslot::flat(bytes);
+        let slots = snapshot.state.memslots.clone();
         match from {
             RestoreMemory::Eager => {
                 let file = File::open(path).map_err(VmError::file("open", path))?;

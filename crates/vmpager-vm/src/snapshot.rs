@@ -8,6 +8,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -15,12 +16,10 @@ use vmpager_sys::memory::Mapping;
 
 use crate::device::to_usize;
 use crate::error::VmError;
+use crate::memory::GuestMemory;
 use crate::parallel::in_parallel;
 use crate::state_file::{MAX_STATE_BYTES, VmState};
 use crate::{PAGE_BYTES, PAGE_SIZE};
-
-/// The version this program writes, and the only one it reads.
-const VERSION: u64 = 2;
 
 /// The two files of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,7 +71,7 @@ impl Snapshot {
     pub(crate) fn write(
         paths: &SnapshotPaths,
         state: VmState,
-        memory: &Mapping,
+        memory: &GuestMemory,
     ) -> Result<Self, VmError> {
         match fs::remove_file(&paths.state) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -126,12 +125,22 @@ fn write_beside(path: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Res
 }
 
 /// Writes all of memory, leaving holes for zero pages.
-fn write_memory(file: &File, memory: &Mapping) -> io::Result<()> {
-    file.set_len(memory.len() as u64)?;
-    let pages = memory.len() as u64 / PAGE_SIZE;
-    in_parallel(0..pages, |part| write_pages(file, memory, part.start, part.end))
+fn write_memory(file: &File, memory: &GuestMemory) -> io::Result<()> {
+    let mapping = &memory.mapping;
+    file.set_len(mapping.len() as u64)?;
+    let data: Vec<Range<u64>> = memory
+        .data()?
         .into_iter()
-        .collect()
+        .map(|range| range.start / PAGE_SIZE..range.end.div_ceil(PAGE_SIZE))
+        .collect();
+    let pages = mapping.len() as u64 / PAGE_SIZE;
+    let parts = in_parallel(0..pages, |part| {
+        data.iter().try_for_each(|range| {
+            let (first, end) = (range.start.max(part.start), range.end.min(part.end));
+            write_pages(file, mapping, first, end)
+        })
+    });
+    parts.into_iter().collect()
 }
 
 fn write_pages(file: &File, memory: &Mapping, first: u64, end: u64) -> io::Result<()> {

@@ -185,7 +185,7 @@ impl Vm {
             guest: Guest::Builtin(BuiltinState { seed: self.seed, cpu, layout }),
             kvm,
         };
-        Snapshot::write(paths, state, &self.memory.mapping)
+        Snapshot::write(paths, state, &self.memory)
     }
 
     /// Runs a workload to its end. `since` is when the clock of

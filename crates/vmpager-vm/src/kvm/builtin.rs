@@ -53,22 +53,18 @@ impl Builtin {
 
     /// The state of all of it, between rounds.
     pub(crate) fn save(&mut self) -> Result<KvmState, VmError> {
-        let vcpus = self.0.vcpus.iter_mut().map(|vcpu| save(vcpu, &self.0.scope));
-        let vcpus = vcpus.collect::<Result<_, _>>()?;
-        self.0.save(vcpus)
+        let mut state = self.0.save()?;
+        for vcpu in &mut state.vcpus {
+            // kvm_pvm forgets it; other hosts' ring 3 may not do `out` without.
+            vcpu.regs.rflags |= IOPL_3;
+        }
+        Ok(state)
     }
 }
 
 fn reset(vcpu: &Vcpu, layout: &Layout) -> Result<(), VmError> {
     let sregs = vcpu.fd.get_sregs().map_err(refused("read system registers"))?;
     vcpu.set_registers(&initial_regs(layout, vcpu.id), &initial_sregs(layout, sregs))
-}
-
-fn save(vcpu: &mut Vcpu, scope: &StateScope) -> Result<VcpuState, VmError> {
-    let mut state = vcpu.save(scope)?;
-    // kvm_pvm forgets it; other hosts' ring 3 may not do `out` without.
-    state.regs.rflags |= IOPL_3;
-    Ok(state)
 }
 
 /// One round: from the next entry to the event `done`.

@@ -73,9 +73,10 @@ impl Machine {
         state.load(&self.vm, self.vcpus.iter().map(|vcpu| &vcpu.fd), &self.scope)
     }
 
-    /// The state of a machine whose vCPUs, stopped and with their last exits
-    /// complete, were saved.
-    pub(crate) fn save(&self, vcpus: Vec<VcpuState>) -> Result<KvmState, VmError> {
+    /// The state of a machine whose vCPUs do not run.
+    pub(crate) fn save(&mut self) -> Result<KvmState, VmError> {
+        let vcpus = self.vcpus.iter_mut().map(|vcpu| vcpu.save(&self.scope));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
         Ok(KvmState { vcpus, machine: MachineState::save(&self.vm, &self.scope)? })
     }
 

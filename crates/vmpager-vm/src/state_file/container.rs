@@ -48,7 +48,7 @@ pub enum StateError {
 }
 
 impl StateError {
-    pub(super) fn field(field: impl Into<String>, problem: String) -> Self {
+    pub(crate) fn field(field: impl Into<String>, problem: String) -> Self {
         Self::Field { field: field.into(), problem }
     }
 }
