@@ -70,15 +70,16 @@ impl Neighbours {
     }
 }
 
-/// Sizes the pieces of the background fill: up to 2 MiB while nobody faults,
+/// Sizes the pieces of the background fill: up to 4 MiB while nobody faults,
 /// smaller from the moment somebody does (I6).
 ///
 /// How much smaller depends on how far the fill has come. A piece under way
 /// makes a fault wait, which hurts most just after the VM has started; but
 /// each fault that interrupts the fill also costs it a wake-up of the guest,
 /// many times what the page itself costs. So a piece that follows a fault is a
-/// fraction of what has been filled so far: a wait of some 20 us at first, some
-/// 500 us once 32 MiB are in place.
+/// fraction of what has been filled so far: a wait of some 20 us at first, of
+/// as long as the worker's limit once 16 MiB are in place. (How long a page
+/// takes is not known here: whoever fills also looks at the clock.)
 #[derive(Debug)]
 pub struct FillPace {
     shift: u32,
@@ -88,10 +89,10 @@ pub struct FillPace {
 impl FillPace {
     /// 64 KiB in base pages.
     const MIN_SHIFT: u32 = 4;
-    /// 2 MiB in base pages: larger pieces copy no faster.
-    const MAX_SHIFT: u32 = 9;
+    /// 4 MiB in base pages: larger pieces gain nothing.
+    const MAX_SHIFT: u32 = 10;
     /// log2 of the fraction.
-    const FRACTION_SHIFT: u32 = 4;
+    const FRACTION_SHIFT: u32 = 3;
 
     /// Starts small: a VM faults most just after it started.
     pub fn new() -> Self {

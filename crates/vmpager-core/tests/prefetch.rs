@@ -79,41 +79,41 @@ fn a_page_beyond_the_map_gets_no_neighbours() {
 }
 
 #[test]
-fn fill_pieces_grow_to_2_mib() {
+fn fill_pieces_grow_to_4_mib() {
     let mut pace = FillPace::new();
     let pieces: Vec<u64> = (0..8).map(|_| pace.next_pages()).collect();
-    assert_eq!(pieces, [16, 32, 64, 128, 256, 512, 512, 512]);
+    assert_eq!(pieces, [16, 32, 64, 128, 256, 512, 1024, 1024]);
     assert_eq!(FillPace::default().next_pages(), 16);
 }
 
-/// Up to 32 MiB in place, a fault makes the next piece a sixteenth of that, to
-/// a power of two below.
+/// Up to 32 MiB in place, a fault makes the next piece an eighth of that, to a
+/// power of two below.
 #[test]
 fn a_piece_after_a_fault_is_a_fraction_of_what_is_filled() {
     let mut pace = FillPace::new();
     let mut filled = 0;
     let mut seen = Vec::new();
-    while filled < 16 * 512 + 1024 {
+    while filled < 8 * 1024 + 2048 {
         pace.demanded();
         pace.demanded();
         let piece = pace.next_pages();
-        let most = (filled / 16).clamp(16, 512);
+        let most = (filled / 8).clamp(16, 1024);
         assert!(piece.is_power_of_two() && piece <= most && most < 2 * piece, "{piece}, {filled}");
         filled += piece;
         seen.push(piece);
     }
     seen.dedup();
-    assert_eq!(seen, [16, 32, 64, 128, 256, 512]);
+    assert_eq!(seen, [16, 32, 64, 128, 256, 512, 1024]);
 }
 
 #[test]
 fn pieces_grow_again_from_the_fraction() {
     let mut pace = FillPace::new();
     let filled: u64 = (0..8).map(|_| pace.next_pages()).sum();
-    assert_eq!(filled, 2032);
+    assert_eq!(filled, 3056);
     pace.demanded();
     let pieces: Vec<u64> = (0..5).map(|_| pace.next_pages()).collect();
-    assert_eq!(pieces, [64, 128, 256, 512, 512]);
+    assert_eq!(pieces, [256, 512, 1024, 1024, 1024]);
 }
 
 #[test]

@@ -259,13 +259,23 @@ impl Userfaultfd {
     /// process's memory safety: `dst` must lie in a registered range, and an
     /// unreadable `src` ends in [`Stop::SourceFault`].
     pub fn copy(&self, dst: u64, src: usize, len: u64) -> Installed {
+        self.copy_with(0, dst, src, len)
+    }
+
+    /// As [`copy`](Self::copy), but wakes nobody: [`wake`](Self::wake) must
+    /// follow, and may do so for many copies at once.
+    pub fn copy_without_waking(&self, dst: u64, src: usize, len: u64) -> Installed {
+        self.copy_with(u64::from(raw::UFFDIO_COPY_MODE_DONTWAKE), dst, src, len)
+    }
+
+    fn copy_with(&self, mode: u64, dst: u64, src: usize, len: u64) -> Installed {
         let src = src as u64;
         install(len, |done| {
             let mut args = raw::uffdio_copy {
                 dst: dst + done,
                 src: src + done,
                 len: len - done,
-                mode: 0,
+                mode,
                 copy: 0,
             };
             // SAFETY: UFFDIO_COPY reads and writes one uffdio_copy.

@@ -20,6 +20,7 @@
 pub mod daemon;
 pub mod handshake;
 pub mod pager;
+mod placement;
 mod polling;
 mod reads;
 mod served;

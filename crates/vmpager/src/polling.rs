@@ -3,10 +3,6 @@
 //! fault. While none come, looking is waste. The rule is that of KVM's halt
 //! polling: grow the time spent looking if the last sleep turned out short,
 //! drop it if the sleep was long.
-//!
-//! Faults that come several at a time come from several threads. Then sleeping
-//! is cheap, one for many faults, and looking is not: it keeps a CPU from the
-//! very threads that were just woken.
 
 use std::time::{Duration, Instant};
 
@@ -27,8 +23,6 @@ pub(crate) struct Polling {
     max: Duration,
     /// When something was last served.
     last: Instant,
-    /// Whether that was several faults at once.
-    crowded: bool,
 }
 
 impl Polling {
@@ -36,23 +30,17 @@ impl Polling {
 
     /// Looks for at most `max` after the last activity; zero never looks.
     pub(crate) fn new(max: Duration) -> Self {
-        Self { budget: Duration::ZERO, max, last: Instant::now(), crowded: false }
+        Self { budget: Duration::ZERO, max, last: Instant::now() }
     }
 
-    /// That many faults were served.
-    pub(crate) fn served(&mut self, now: Instant, faults: u64) {
+    /// Faults were served.
+    pub(crate) fn served(&mut self, now: Instant) {
         self.last = now;
-        self.crowded = faults > 1;
-    }
-
-    /// Whether several faults were served at once.
-    pub(crate) fn is_crowded(&self) -> bool {
-        self.crowded
     }
 
     /// Whether to look again instead of sleeping.
     pub(crate) fn keep_looking(&self) -> bool {
-        !self.crowded && !self.budget.is_zero() && self.last.elapsed() < self.budget
+        !self.budget.is_zero() && self.last.elapsed() < self.budget
     }
 
     /// A sleep ended because there was something to serve.
@@ -84,17 +72,6 @@ mod tests {
         }
         polling.woken(now + Duration::from_millis(1));
         assert_eq!(polling.budget, Duration::ZERO);
-    }
-
-    #[test]
-    fn several_faults_at_once_end_the_looking() {
-        let mut polling = Polling::new(Duration::from_secs(3600));
-        polling.woken(polling.last);
-        polling.served(polling.last, 1);
-        polling.budget = polling.max;
-        assert!(polling.keep_looking());
-        polling.served(polling.last, 2);
-        assert!(!polling.keep_looking());
     }
 
     #[test]

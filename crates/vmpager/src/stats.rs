@@ -72,10 +72,10 @@ impl Counters {
         }
     }
 
-    /// A fault that was read at `since` has its page.
-    pub(crate) fn stalled(&mut self, since: Instant) {
+    /// So many faults that were read at `since` have their pages.
+    pub(crate) fn stalled(&mut self, since: Instant, faults: u64) {
         let nanos = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.stalls.saturating_record(nanos);
+        self.stalls.saturating_record_n(nanos, faults);
     }
 }
 

@@ -16,6 +16,7 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use tracing::{debug, error};
 use vmpager_core::{PageSource, SourceError};
 
+use crate::placement::Placement;
 use crate::polling::Polling;
 use crate::reads::{MemoryId, Read, Reads};
 use crate::served::{Filled, Lost, Served};
@@ -159,6 +160,7 @@ pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
         polling: Polling::new(config.max_polling),
         stopping: None,
         filling: Vec::new(),
+        placement: Placement::new(),
         fill_turn: 0,
         demanded: false,
     };
@@ -196,6 +198,7 @@ struct Worker {
     /// Memories to be filled, and whose turn it is.
     filling: Vec<MemoryId>,
     fill_turn: usize,
+    placement: Placement,
     /// Faults were served since the last step of the fill.
     demanded: bool,
 }
@@ -275,13 +278,9 @@ impl Worker {
         if served == 0 {
             return Work::None;
         }
-        self.polling.served(Instant::now(), served);
+        self.polling.served(Instant::now());
         self.demanded = true;
-        match self.polling.is_crowded() {
-            // One wait for the next batch costs less than one look in vain.
-            true => Work::None,
-            false => Work::Served,
-        }
+        Work::Served
     }
 
     /// Learns what happened elsewhere.
@@ -426,9 +425,7 @@ impl Worker {
     /// One step of the background fill, for the memory whose turn it is.
     fn fill(&mut self) -> bool {
         if !self.filling.is_empty() {
-            // A vCPU just woken may have been put on this CPU: without this it
-            // would wait as long as the scheduler's slice, not as a piece.
-            std::thread::yield_now();
+            self.placement.make_room();
         }
         for _ in 0..self.filling.len() {
             self.fill_turn = (self.fill_turn + 1) % self.filling.len();

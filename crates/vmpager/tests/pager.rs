@@ -343,6 +343,36 @@ fn many_threads_on_the_same_pages_cost_one_fetch_each() {
     }
 }
 
+/// Each thread waits for pages of its own, so that nobody else's fault wakes
+/// it.
+#[test]
+fn threads_that_fault_at_once_are_all_woken() {
+    begin!();
+    let (threads, each) = (32, 32);
+    let memory = mapping(threads * each);
+    let pager = Pager::builder(numbered(threads * each))
+        .region(&range(&memory), 0)
+        .neighbours(NeighbourPolicy::Off)
+        .start()
+        .unwrap();
+    let step = Barrier::new(threads);
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let (memory, step) = (&memory, &step);
+            scope.spawn(move || {
+                for i in 0..each {
+                    step.wait();
+                    // Far apart, so that the pages in between are others'.
+                    let at = (i * threads + thread) * PAGE;
+                    assert_eq!(page(memory, at), Holds::Source(at));
+                }
+            });
+        }
+    });
+    let stats = pager.stats();
+    assert_eq!((stats.pages_missing, stats.pages_demand), (0, (threads * each) as u64));
+}
+
 #[test]
 fn the_kernel_waits_for_pages_as_threads_do() {
     begin!();

@@ -106,6 +106,8 @@ struct Fill {
     /// What a thread that only watches the clock loses at the most in as much
     /// time: the machine's own noise. Median of the rounds.
     noise_us: f64,
+    /// The most it loses in any round: what `worst_touch_us` compares with.
+    worst_noise_us: f64,
 }
 
 /// Touches of one round.
@@ -419,6 +421,7 @@ fn fill_row(bytes: u64, rounds: &[FillRound]) -> Fill {
     let hot = median(rounds.iter().map(|r| ms(r.hot)));
     let ours = median(rounds.iter().map(|r| ms(r.filled.took)));
     let worst = rounds.iter().map(|r| r.filled.max_touch).max().unwrap_or_default();
+    let worst_noise = rounds.iter().map(|r| r.filled.noise).max().unwrap_or_default();
     Fill {
         bytes,
         copy_2m_ms: round(floor),
@@ -429,6 +432,7 @@ fn fill_row(bytes: u64, rounds: &[FillRound]) -> Fill {
         max_touch_us: round(median(rounds.iter().map(|r| us(r.filled.max_touch)))),
         worst_touch_us: round(us(worst)),
         noise_us: round(median(rounds.iter().map(|r| us(r.filled.noise)))),
+        worst_noise_us: round(us(worst_noise)),
     }
 }
 
@@ -466,7 +470,7 @@ fn show(report: &Report) -> anyhow::Result<()> {
     let fill = &report.fill;
     output::line(&format!(
         "\nfill of {}: UFFDIO_COPY of 2 MiB pieces {:.1} ms, vmpager while touched {:.1} ms \
-         ({:.2}x, {:.0} faults); longest touch {:.0} us (worst {:.0}; machine noise {:.0})",
+         ({:.2}x, {:.0} faults);\nlongest touch {:.0} us (worst {:.0}; machine noise {:.0}, worst {:.0})",
         size::show(fill.bytes),
         fill.copy_2m_ms,
         fill.vmpager_ms,
@@ -474,6 +478,7 @@ fn show(report: &Report) -> anyhow::Result<()> {
         fill.faults,
         fill.max_touch_us,
         fill.worst_touch_us,
-        fill.noise_us
+        fill.noise_us,
+        fill.worst_noise_us
     ))
 }

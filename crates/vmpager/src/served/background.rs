@@ -19,6 +19,41 @@ const POISON_LIMIT: Duration = Duration::from_secs(2);
 /// demanded read never queues behind much.
 const COLD_PIECE: u64 = 128;
 
+/// A piece of the fill that has taken longer ends: who faults meanwhile waits
+/// for it, and how long a page takes is up to the machine.
+const LONG: Duration = Duration::from_micros(700);
+
+/// How many base pages the fill installs between two looks at the clock: some
+/// 100 to 250 us' worth. A page takes 1 us, but ten and more on a virtualised
+/// host whose own memory is not backed yet.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    pages: u64,
+}
+
+impl Chunk {
+    const MOST: u64 = 64;
+    const LEAST: u64 = 4;
+
+    pub(super) fn new() -> Self {
+        Self { pages: Self::MOST }
+    }
+
+    /// A chunk took so long.
+    fn took(&mut self, time: Duration) {
+        if time > Duration::from_micros(250) {
+            self.pages = (self.pages / 2).max(Self::LEAST);
+        } else if time < Duration::from_micros(100) {
+            self.pages = (self.pages * 2).min(Self::MOST);
+        }
+    }
+
+    /// In pages of a slot, the size of whose pages is `1 << shift` bytes.
+    fn pages_of(&self, shift: u32) -> u64 {
+        (self.pages >> (shift - PageSize::Size4K.shift())).max(1)
+    }
+}
+
 /// What came of a step of the background fill.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Filled {
@@ -71,7 +106,7 @@ impl Served {
             self.wake(hva, len)?;
         }
         if let Some(waiter) = read.waiter {
-            self.counters.stalled(waiter.since);
+            self.stalled(waiter);
         }
         Ok(())
     }
@@ -110,10 +145,11 @@ impl Served {
         }
         // In base pages, also where the memory is made of huge ones.
         let piece = self.engine.fill_piece();
+        let until = Instant::now() + LONG;
         let mut done = 0;
-        while done < piece && self.may_fill(reads) {
+        while done < piece && self.may_fill(reads) && (done == 0 || Instant::now() < until) {
             let run = match self.engine.next_fill(piece - done) {
-                FillPlan::Fetch(run) => self.fill_fetch(run, reads)?,
+                FillPlan::Fetch(run) => self.fill_fetch(run, until, reads)?,
                 FillPlan::Zero(run) => {
                     let end = self.put(run, Put::Zeroes)?;
                     self.counters.pages_zero += end.pages;
@@ -137,14 +173,17 @@ impl Served {
     }
 
     /// Fills a claimed run, or the first part of it. Returns which.
-    fn fill_fetch(&mut self, run: PageRun, reads: &mut Reads) -> Result<PageRun, Lost> {
+    fn fill_fetch(
+        &mut self,
+        run: PageRun,
+        until: Instant,
+        reads: &mut Reads,
+    ) -> Result<PageRun, Lost> {
         let (_, range) = self.engine.slots().locate(run);
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
-                let end = self.put(run, Put::Bytes(address_of(data)))?;
-                self.count_installed(run, None, end.pages);
-                self.put_off_rest(end, reads)?;
-                Ok(run)
+                let src = address_of(data);
+                self.fill_from(run, src, until, reads)
             }
             Ok(None) => {
                 let run = self.shorten(run, run.first, COLD_PIECE);
@@ -157,6 +196,35 @@ impl Served {
                 Ok(run)
             }
         }
+    }
+
+    /// Fills a claimed run, whose bytes are at `src`, until it is time to look
+    /// for faults. Returns the part that was filled.
+    fn fill_from(
+        &mut self,
+        run: PageRun,
+        src: usize,
+        until: Instant,
+        reads: &mut Reads,
+    ) -> Result<PageRun, Lost> {
+        let (slot, _) = self.engine.slots().slot_of(run.first);
+        let shift = slot.page_size.shift();
+        let mut now = Instant::now();
+        let mut done = 0;
+        while done < run.count && (done == 0 || now < until) {
+            let pages = self.chunk.pages_of(shift).min(run.count - done);
+            let part = PageRun::new(run.first + done, pages);
+            let offset = usize::try_from(done << shift).unwrap_or(usize::MAX);
+            let end = self.put(part, Put::Bytes(src + offset))?;
+            self.count_installed(part, None, end.pages);
+            self.put_off_rest(end, reads)?;
+            done += pages;
+            let after = Instant::now();
+            self.chunk.took(after - now);
+            now = after;
+        }
+        self.engine.released(PageRun::new(run.first + done, run.count - done));
+        Ok(PageRun::new(run.first, done))
     }
 
     fn put_off_rest(&mut self, end: PutEnd, reads: &mut Reads) -> Result<(), Lost> {
@@ -208,5 +276,28 @@ impl Served {
                 Err(Lost::PeerGone) => return true,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_take_their_size_from_the_time_they_take() {
+        let mut chunk = Chunk::new();
+        let sizes = |chunk: &mut Chunk, us_per_page: u64| {
+            let mut seen = Vec::new();
+            for _ in 0..6 {
+                seen.push(chunk.pages_of(12));
+                chunk.took(Duration::from_micros(us_per_page * chunk.pages));
+            }
+            seen
+        };
+        assert_eq!(sizes(&mut chunk, 1), [64; 6], "never more");
+        assert_eq!(sizes(&mut chunk, 10), [64, 32, 16, 16, 16, 16]);
+        assert_eq!(sizes(&mut chunk, 1000), [16, 8, 4, 4, 4, 4], "never less");
+        assert_eq!(sizes(&mut chunk, 1), [4, 8, 16, 32, 64, 64], "and back");
+        assert_eq!(chunk.pages_of(21), 1, "a huge page is a chunk");
     }
 }

@@ -35,6 +35,15 @@ const LAST_RETRY: Duration = Duration::from_millis(5);
 /// The pause while the host has no memory, or refuses for a reason of its own.
 const LONG_RETRY: Duration = Duration::from_millis(100);
 
+/// Waiters whose pages are in place, but who were not woken yet.
+#[derive(Debug)]
+pub(super) struct Asleep {
+    /// The host addresses among which they wait.
+    start: u64,
+    end: u64,
+    waiters: u64,
+}
+
 /// A run that could not be put.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Leftover {
@@ -81,13 +90,13 @@ impl Served {
             None => {
                 self.engine.replaced_by_zero(waiter.page);
                 self.counters.pages_zero += 1;
-                self.counters.stalled(waiter.since);
+                self.stalled(waiter);
                 Ok(())
             }
             // Of a huge page the kernel may mean that the pool is empty: the
             // waiter then comes again at once, and must be held.
             Some(Stop::Present) if len < HUGE.bytes() || !self.woken_lately(waiter) => {
-                self.counters.stalled(waiter.since);
+                self.stalled(waiter);
                 self.wake(hva, len)
             }
             Some(stop) => self.settle(waiter, PutEnd { pages: 0, rest: Some((one, stop)) }, reads),
@@ -158,17 +167,50 @@ impl Served {
         Ok(PutEnd { pages, rest: None })
     }
 
-    fn put_once(&self, hva: Hva, len: u64, what: Put) -> Installed {
-        match what {
-            Put::Bytes(src) => self.uffd.copy(hva.0, src, len),
-            Put::Poison => self.uffd.poison(hva.0, len),
+    fn put_once(&mut self, hva: Hva, len: u64, what: Put) -> Installed {
+        let (src, len) = match what {
+            Put::Bytes(src) => (src, len),
+            Put::Poison => return self.uffd.poison(hva.0, len),
             // The kernel's shared zero page would have to be replaced at the
             // first write, KVM does not map it ahead, and hugetlb has none.
             Put::Zeroes => {
                 let zeroes = zeroes();
-                self.uffd.copy(hva.0, zeroes.as_ptr() as usize, len.min(zeroes.len() as u64))
+                (zeroes.as_ptr() as usize, len.min(zeroes.len() as u64))
             }
+        };
+        let Some(asleep) = &mut self.asleep else { return self.uffd.copy(hva.0, src, len) };
+        let done = self.uffd.copy_without_waking(hva.0, src, len);
+        asleep.start = asleep.start.min(hva.0);
+        asleep.end = asleep.end.max(hva.0 + done.bytes);
+        done
+    }
+
+    /// Records the stall of a waiter whose page is in place, now or when it
+    /// is woken.
+    pub(super) fn stalled(&mut self, waiter: Waiter) {
+        match &mut self.asleep {
+            Some(asleep) => asleep.waiters += 1,
+            None => self.counters.stalled(waiter.since, 1),
         }
+    }
+
+    /// From now on, waiters are left asleep until [`wake_all`](Self::wake_all).
+    pub(super) fn let_sleep(&mut self) {
+        self.asleep.get_or_insert(Asleep { start: u64::MAX, end: 0, waiters: 0 });
+    }
+
+    /// Wakes whom installing has left asleep since
+    /// [`let_sleep`](Self::let_sleep), by one call for all: waking a thread of
+    /// another CPU costs many times what its page does, waking several that
+    /// share a CPU little more. Whoever waits for a page in between that is
+    /// still missing faults again. All of them have waited from `since` on.
+    pub(super) fn wake_all(&mut self, since: Instant) -> Result<(), Lost> {
+        let Some(asleep) = self.asleep.take() else { return Ok(()) };
+        if asleep.start < asleep.end {
+            self.wake(Hva(asleep.start), asleep.end - asleep.start)?;
+        }
+        self.counters.stalled(since, asleep.waiters);
+        Ok(())
     }
 
     /// Records the stall of a waiter whose page is in place, and puts off what
@@ -184,11 +226,11 @@ impl Served {
                 self.put_off(Leftover { rest, stop, waiter: Some(waiter) }, reads)
             }
             Some((rest, stop)) => {
-                self.counters.stalled(waiter.since);
+                self.stalled(waiter);
                 self.put_off(Leftover { rest, stop, waiter: None }, reads)
             }
             None => {
-                self.counters.stalled(waiter.since);
+                self.stalled(waiter);
                 Ok(())
             }
         }

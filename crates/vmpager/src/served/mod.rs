@@ -36,7 +36,7 @@ use vmpager_sys::uffd::{Message, Messages, Userfaultfd};
 
 pub(crate) use self::background::Filled;
 pub(crate) use self::install::Leftover;
-use self::install::Put;
+use self::install::{Asleep, Put};
 use crate::reads::{MemoryId, Reads, Waiter};
 use crate::stats::{Counters, MemoryNumbers};
 
@@ -89,6 +89,8 @@ pub(crate) struct Served {
     retry: Retry,
     counters: Counters,
     fill: bool,
+    /// How much the fill installs at a time.
+    chunk: background::Chunk,
     /// Userfaultfds of forked children.
     children: Vec<OwnedFd>,
     /// This process's own memory, if that is what is served.
@@ -99,6 +101,8 @@ pub(crate) struct Served {
     complained: Complaints,
     /// The huge page that was last woken instead of installed.
     woken: Option<Waiter>,
+    /// Who is to be woken together with others.
+    asleep: Option<Asleep>,
 }
 
 /// What has been said once and need not be said for every page.
@@ -132,11 +136,13 @@ impl Served {
             retry: Retry::default(),
             counters: Counters::new(),
             fill: options.background_fill,
+            chunk: background::Chunk::new(),
             children: Vec::new(),
             kept: Vec::new(),
             must_hold: false,
             complained: Complaints::default(),
             woken: None,
+            asleep: None,
         }
     }
 
@@ -195,14 +201,39 @@ impl Served {
         self.read_events()?;
         let mut served = 0;
         if !self.faults.is_empty() {
-            let since = Instant::now();
-            while let Some(hva) = self.faults.pop_front() {
-                self.fault(hva, since, reads)?;
-                served += 1;
-            }
+            served += self.serve_faults(reads)?;
         }
         if self.retry.at.is_some_and(|at| at <= Instant::now()) {
             served += self.serve_retries(reads)?;
+        }
+        Ok(served)
+    }
+
+    fn serve_faults(&mut self, reads: &mut Reads) -> Result<u64, Lost> {
+        let since = Instant::now();
+        // With reads in flight, their waiters would be woken along, in vain.
+        let together = self.faults.len() >= MANY && reads.is_idle();
+        let mut served = 0;
+        while !self.faults.is_empty() {
+            if together {
+                self.let_sleep();
+            }
+            let result = self.serve_some(since, reads);
+            // Also of pages installed before one that failed.
+            self.wake_all(since)?;
+            served += result?;
+        }
+        Ok(served)
+    }
+
+    /// Serves up to [`WAKE_TOGETHER`] of the faults read.
+    fn serve_some(&mut self, since: Instant, reads: &mut Reads) -> Result<u64, Lost> {
+        let mut served = 0;
+        while served < WAKE_TOGETHER
+            && let Some(hva) = self.faults.pop_front()
+        {
+            self.fault(hva, since, reads)?;
+            served += 1;
         }
         Ok(served)
     }
@@ -301,7 +332,7 @@ impl Served {
             let end = self.put(one, Put::Bytes(address_of(data)))?;
             if end.rest.is_none() {
                 self.count_installed(one, Some(waiter), end.pages);
-                self.counters.stalled(waiter.since);
+                self.stalled(waiter);
                 return Ok(());
             }
             // The claim belongs to the read: it will install the page.
@@ -351,6 +382,14 @@ impl Served {
         PageRun::new(first, end - first)
     }
 }
+
+/// From so many faults at once on, their waiters are woken together: they
+/// come from more threads than there are CPUs idle, likely.
+const MANY: usize = 4;
+
+/// The most faults whose waiters are woken together: the first one waits for
+/// the pages of the others.
+const WAKE_TOGETHER: u64 = 16;
 
 /// The most pages read from storage for a demanded one: 256 KiB take little
 /// longer than one page, 2 MiB ten times as long.
