@@ -10,6 +10,10 @@ const LAST: &[u8] = b"---[ end Kernel panic - not syncing";
 /// What it prints first: the end of [`LAST`], so that one window serves both.
 const FIRST: &[u8] = LAST.split_at(LAST.len() - b"Kernel panic - not syncing".len()).1;
 
+/// What it prints once it has stopped the other processors, whose output can
+/// tear [`FIRST`] apart.
+const OFFSET: &[u8] = b"Kernel Offset: ";
+
 /// How far a panic has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Panic {
@@ -52,9 +56,10 @@ impl Console {
         self.window.push_back(byte);
         let seen = match byte {
             b'\n' if self.panic == Panic::Last => Panic::Reported,
-            // Most bytes are not the last one of either line.
+            // Most bytes are not the last one of any of them.
             b'g' if self.ends_with(LAST) => Panic::Last,
             b'g' if self.ends_with(FIRST) => Panic::First,
+            b' ' if self.ends_with(OFFSET) => Panic::First,
             _ => return,
         };
         self.panic = self.panic.max(seen);

@@ -12,10 +12,11 @@
 //! a device does.
 //!
 //! **How a panic is seen.** By pvpanic if the guest has a driver for it. Small
-//! kernels have none, so the console is watched as well: a line with `Kernel
-//! panic - not syncing` makes a later reset count as a panic, and the line that
-//! ends the panic's report ends the VM. A program in the guest that prints
-//! these lines to the console itself is believed.
+//! kernels have none, so the console is watched as well: `Kernel panic - not
+//! syncing` (or `Kernel Offset:`, which only a panic prints, should another
+//! processor's output have torn the former apart) makes a later reset count as a
+//! panic, and the line that ends the panic's report ends the VM. A program in the
+//! guest that prints these to the console itself is believed.
 
 mod console;
 mod power;

@@ -158,6 +158,16 @@ fn a_reset_after_a_panic_is_one() {
     assert_eq!(ports.write(RESET_PORT, &[RESET_VALUE]), Some(GuestEnd::Panic));
 }
 
+/// Another processor prints in between.
+#[test]
+fn a_panic_whose_first_line_is_torn_is_seen() {
+    let (ports, _, _) = ports();
+    assert_eq!(print(&ports, "Kernel panic - nohellot syncing: VFS"), None);
+    assert_eq!(ports.reset(), GuestEnd::Reset);
+    assert_eq!(print(&ports, "[    1.2] Kernel Offset: disabled"), None);
+    assert_eq!(ports.reset(), GuestEnd::Panic);
+}
+
 #[test]
 fn output_that_nobody_takes_hides_no_panic() {
     struct Closed;

@@ -5,7 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use linux_loader::loader::bootparam::setup_header;
-use linux_loader::loader::{BzImage, Elf, Error as LoaderError, KernelLoader, elf};
+use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{Address, ByteValued, GuestAddress, GuestMemoryBackend};
 
 use super::HIGH_MEMORY;
@@ -46,6 +46,14 @@ const CLASS_AT: usize = 4;
 const CLASS_64: u8 = 2;
 const MACHINE_AT: usize = 18;
 const MACHINE_X86_64: [u8; 2] = [62, 0];
+/// ELF: the header's length, and in it `e_phoff` and `e_phnum`.
+const ELF_HEADER: usize = 64;
+const PHOFF_AT: usize = 32;
+const PHNUM_AT: usize = 56;
+/// ELF: a program header's length, and the type of those to load. Their address
+/// is at 24, their length in memory at 40.
+const PROGRAM_HEADER: usize = 56;
+const PT_LOAD: [u8; 4] = [1, 0, 0, 0];
 
 pub(super) fn load<M: GuestMemoryBackend>(
     memory: &M,
@@ -134,18 +142,12 @@ fn load_elf<M: GuestMemoryBackend>(
     if !is_x86_64 {
         return Err(no_kernel(path, "an ELF file of another processor"));
     }
-    let loaded = Elf::load(memory, None, file, Some(GuestAddress(HIGH_MEMORY)));
-    let loaded = loaded.map_err(|error| match error {
-        // Both by the loader's word for it.
-        LoaderError::Elf(elf::Error::ReadKernelImage) => {
-            let problem = format!(
-                "a segment is cut short, or lies outside the guest's memory (below {low_end:#x})"
-            );
-            no_kernel(path, problem)
-        }
-        error => no_kernel(path, error),
-    })?;
-    let end = fits(path, loaded.kernel_end, low_end)?;
+    let file_error = |error| BootError::File { what: "kernel", path: path.to_owned(), error };
+    // Before it is loaded: the loader's error would not tell memory that ends
+    // from a file that does.
+    let end = fits(path, elf_end(start, file).map_err(file_error)?, low_end)?;
+    let loaded = Elf::load(memory, None, file, Some(GuestAddress(HIGH_MEMORY)))
+        .map_err(|error| no_kernel(path, error))?;
     let entry = loaded.kernel_load.raw_value();
     if entry >= end {
         return Err(no_kernel(path, format!("its entry point {entry:#x} is outside of it")));
@@ -160,6 +162,21 @@ fn load_elf<M: GuestMemoryBackend>(
         ..setup_header::default()
     };
     Ok(Kernel { entry, end, header, max_cmdline: to_length(MAX_CMDLINE) })
+}
+
+/// Where the memory ends that an ELF file's segments take. What is wrong with
+/// its program headers is for the loader to say.
+fn elf_end(start: &[u8], file: &mut File) -> io::Result<u64> {
+    let word = |bytes: &[u8], at| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+    let Some(start) = start.first_chunk::<ELF_HEADER>() else { return Ok(0) };
+    let count = u16::from_le_bytes([start[PHNUM_AT], start[PHNUM_AT + 1]]);
+    file.seek(SeekFrom::Start(word(start, PHOFF_AT)))?;
+    let mut headers = Vec::new();
+    file.take(u64::from(count) * PROGRAM_HEADER as u64).read_to_end(&mut headers)?;
+    let (headers, _) = headers.as_chunks::<PROGRAM_HEADER>();
+    let loaded = headers.iter().filter(|header| header[..4] == PT_LOAD);
+    let ends = loaded.map(|header| word(header, 24).saturating_add(word(header, 40)));
+    Ok(ends.max().unwrap_or(0))
 }
 
 /// `end`, if memory reaches that far.

@@ -44,8 +44,8 @@ pub struct LinuxBoot {
 
 impl LinuxBoot {
     /// A command line that suits this machine: the console on its serial port,
-    /// no waiting after a panic, no search for a PCI bus.
-    pub const CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
+    /// and no waiting after a panic.
+    pub const CMDLINE: &str = "console=ttyS0 panic=-1";
 }
 
 /// The most vCPUs a Linux guest has here.

@@ -203,7 +203,7 @@ fn what_is_no_kernel_is_refused() {
         (b"\x7fELF".to_vec(), "another processor"),
         (wrong_machine, "another processor"),
         (elsewhere, "entry point 0x1001000"),
-        (truncated[..truncated.len() - 1].to_vec(), "cut short"),
+        (truncated[..truncated.len() - 1].to_vec(), "read kernel image"),
         (truncated[..70].to_vec(), "program header"),
     ] {
         let error = refused(&kernel, None, 64 * MIB);
@@ -221,7 +221,9 @@ fn what_does_not_fit_is_refused_by_its_numbers() {
     let error = refused(&vmlinux(LOAD_AT, LOAD_AT, 100 * MIB), None, 64 * MIB);
     assert!(error.contains("0x7400000"), "{error}");
     let error = refused(&vmlinux(LOAD_AT, 100 * MIB, 16), None, 64 * MIB);
-    assert!(error.contains("outside the guest's memory"), "{error}");
+    assert!(error.contains("0x6400010") && error.contains("0x4000000"), "{error}");
+    let error = refused(&vmlinux(LOAD_AT, u64::MAX - 8, 16), None, 64 * MIB);
+    assert!(error.contains("0xffffffffffffffff"), "{error}");
     // The kernel ends at 24 MiB: a page is left, and no more.
     let memory_bytes = 24 * MIB + 4096;
     let error = refused(&bzimage(header()), Some(&[1; 4097]), memory_bytes);
