@@ -9,9 +9,14 @@ use tracing::info;
 
 use super::DaemonError;
 
-/// Listens on `path`. The socket appears there only once it accepts, so that a
-/// VMM may take its existence for readiness.
-pub(super) fn bind(path: &Path) -> Result<UnixListener, DaemonError> {
+/// Listens on `path`, without blocking. The socket appears there only once it
+/// accepts, so that a peer may take its existence for readiness. One that a
+/// process left behind is replaced.
+///
+/// # Errors
+///
+/// [`DaemonError::Socket`], with what to do.
+pub fn listen(path: &Path) -> Result<UnixListener, DaemonError> {
     let problem = |problem: String| DaemonError::Socket { path: path.into(), problem };
     make_way(path).map_err(problem)?;
     let beside = beside(path);

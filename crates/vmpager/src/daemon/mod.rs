@@ -23,6 +23,7 @@ use tracing::{error, info, warn};
 use vmpager_core::PageSource;
 
 use self::connection::{Arrival, Connection};
+pub use self::listener::listen;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served};
 use crate::stats::{EndReason, SessionSummary};
@@ -161,7 +162,7 @@ impl Daemon {
         let workers = workers.collect::<Result<Vec<_>, _>>()?;
         let stop = UnixStream::pair()?;
         stop.0.set_nonblocking(true)?;
-        let listener = listener::bind(&config.socket)?;
+        let listener = listen(&config.socket)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
         watch(&epoll, listener.as_fd(), LISTENER)?;
         watch(&epoll, bell.as_fd(), WORKERS)?;
