@@ -9,6 +9,7 @@ mod restore;
 mod scratch;
 mod serve;
 mod size;
+mod vm;
 mod vm_process;
 
 use std::io;
@@ -46,6 +47,9 @@ enum Command {
     /// Measure, side by side with the floor or a peer.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Run a microVM: boot Linux, snapshot it, restore it.
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -72,11 +76,16 @@ fn main() -> ExitCode {
             clap_complete::generate(*shell, &mut Cli::command(), "vmpager", &mut script);
             output::write(&script)
         }
+        Command::Vm(command) => return exit(vm::run(command)),
         Command::VmProcess(args) => vm_process::run(args),
         Command::NaiveHandler(args) => restore::naive::run(args),
     };
+    exit(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

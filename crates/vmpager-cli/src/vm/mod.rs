@@ -1,0 +1,39 @@
+//! `vmpager vm`: the reference microVM, run, saved and restored.
+
+mod control;
+mod outcome;
+mod protocol;
+mod run;
+mod session;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+/// Commands of `vmpager vm`.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Boot Linux, or run the built-in guest.
+    Run(run::RunArgs),
+    /// Stop a running VM's vCPUs where they are.
+    Pause(control::ControlArgs),
+    /// Let a paused VM run on.
+    Resume(control::ControlArgs),
+    /// Tell whether a VM runs, and what it has.
+    Status(control::ControlArgs),
+    /// End a VM, as pulling its plug would.
+    Quit(control::ControlArgs),
+}
+
+pub(crate) fn run(command: &VmCommand) -> anyhow::Result<ExitCode> {
+    use protocol::Request;
+    match command {
+        VmCommand::Run(args) => return run::run(args),
+        VmCommand::Pause(args) => control::run(args, &Request::Pause),
+        VmCommand::Resume(args) => control::run(args, &Request::Resume),
+        VmCommand::Status(args) => control::run(args, &Request::Status),
+        VmCommand::Quit(args) => control::run(args, &Request::Quit),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}

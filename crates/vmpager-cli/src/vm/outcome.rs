@@ -1,0 +1,103 @@
+//! How a VM's run ended, and what its process says of it.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde::Serialize;
+use vmpager_vm::GuestEnd;
+
+use crate::vm_process::millis;
+use crate::{output, size};
+
+/// How a VM ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Ended {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest reset itself.
+    Reset,
+    /// The guest's kernel panicked.
+    Panic,
+    /// Its user had it end: by keyboard, signal or control socket.
+    Stopped,
+}
+
+/// Exit status of a guest that panicked.
+const PANICKED: u8 = 3;
+/// Exit status of a guest that reset itself.
+const RESET: u8 = 4;
+
+/// For the help of the commands that run a VM.
+pub(super) const EXIT_STATUS: &str = "Exit status: 0 the guest switched itself off or its user \
+    had it end,\n1 failed, 2 wrong usage, 3 the guest's kernel panicked, 4 it reset itself.";
+
+impl From<GuestEnd> for Ended {
+    fn from(end: GuestEnd) -> Self {
+        match end {
+            GuestEnd::PowerOff => Self::PowerOff,
+            GuestEnd::Reset => Self::Reset,
+            GuestEnd::Panic => Self::Panic,
+        }
+    }
+}
+
+impl Ended {
+    fn exit_code(self) -> ExitCode {
+        match self {
+            Self::PowerOff | Self::Stopped => ExitCode::SUCCESS,
+            Self::Panic => PANICKED.into(),
+            Self::Reset => RESET.into(),
+        }
+    }
+
+    fn show(self) -> &'static str {
+        match self {
+            Self::PowerOff => "the guest switched itself off",
+            Self::Reset => "the guest reset itself; this VM does not start it again",
+            Self::Panic => "the guest's kernel panicked",
+            Self::Stopped => "ended by its user",
+        }
+    }
+}
+
+/// What `--json` prints of a run.
+#[derive(Debug, Serialize)]
+pub(super) struct RunSummary {
+    pub(super) end: Ended,
+    pub(super) vcpus: u64,
+    pub(super) memory_bytes: u64,
+    /// From the start of the command to the VM being made, its memory mapped,
+    /// and loaded or handed over if that is the way.
+    pub(super) made_ms: f64,
+    /// From the start of the command to a vCPU's first entry into the guest.
+    pub(super) first_instruction_ms: Option<f64>,
+    /// From the start of the command to the end.
+    pub(super) ran_ms: f64,
+}
+
+impl RunSummary {
+    /// Says how it ended, on standard output as JSON or else on standard error:
+    /// standard output is the guest's console then.
+    pub(super) fn report(&self, json: bool) -> anyhow::Result<ExitCode> {
+        if json {
+            output::json(self)?;
+        } else {
+            let seconds = Duration::from_secs_f64(self.ran_ms / 1e3);
+            let (end, memory) = (self.end.show(), size::show(self.memory_bytes));
+            let vcpus = show_vcpus(self.vcpus);
+            eprintln!("vmpager: {end} ({vcpus}, {memory}, {seconds:.1?})");
+        }
+        Ok(self.end.exit_code())
+    }
+}
+
+/// `1 vCPU`, `2 vCPUs`.
+pub(super) fn show_vcpus(n: u64) -> String {
+    format!("{n} vCPU{}", if n == 1 { "" } else { "s" })
+}
+
+/// Milliseconds since a command began.
+pub(super) fn since(started: std::time::Instant) -> f64 {
+    millis(started.elapsed())
+}

@@ -1,0 +1,139 @@
+//! `vmpager vm run`: boots Linux, or runs the built-in guest.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use serde::Serialize;
+use vmpager_vm::{Cpu, LinuxBoot, LinuxConfig, LinuxVm, Vm, VmConfig, Workload};
+
+use super::control::ControlSocket;
+use super::outcome::{EXIT_STATUS, show_vcpus, since};
+use super::session::{self, Session};
+use crate::vm_process::{cpu_name, millis};
+use crate::{output, size};
+
+/// Options of `vmpager vm run`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = format!("Examples:\n  \
+    vmpager vm run --kernel vmlinuz --initrd initrd.img --memory 512M --vcpus 2\n  \
+    vmpager vm run --kernel vmlinuz --initrd initrd.img --control /run/vm.sock\n  \
+    vmpager vm run --guest builtin --memory 1G\n\n\
+    The guest's serial port is its console: standard input and output, or standard\n\
+    error with --json. On a terminal Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends one.\n\n\
+    {EXIT_STATUS}"))]
+pub(crate) struct RunArgs {
+    /// A Linux kernel: a bzImage (vmlinuz), or an ELF vmlinux.
+    #[arg(long, value_name = "FILE", required_unless_present = "guest")]
+    kernel: Option<PathBuf>,
+    /// Run the demo's guest, whose every page is known, instead of Linux.
+    #[arg(long, value_enum, conflicts_with_all = [
+        "kernel", "initrd", "cmdline", "huge_pages", "control",
+    ])]
+    guest: Option<OtherGuest>,
+    /// The kernel's initial file system.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, value_name = "TEXT", default_value = LinuxBoot::CMDLINE)]
+    cmdline: String,
+    /// Guest memory.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]
+    memory: u64,
+    /// Processors: 1 to 8 for Linux.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    vcpus: u8,
+    /// Have guest memory in huge pages of 2 MiB (see /proc/sys/vm/nr_hugepages).
+    #[arg(long)]
+    huge_pages: bool,
+    /// Listen here for `vm snapshot`, pause, resume, status and quit.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+    /// Print one JSON object when the guest has ended.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A guest that is not Linux.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OtherGuest {
+    /// The demo's.
+    Builtin,
+}
+
+pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    match (&args.kernel, args.guest) {
+        (Some(kernel), None) => run_linux(args, kernel.clone()),
+        (_, Some(OtherGuest::Builtin)) => run_builtin(args),
+        (None, None) => bail!("--kernel or --guest builtin is needed"),
+    }
+}
+
+fn run_linux(args: &RunArgs, kernel: PathBuf) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let control = args.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let (initrd, cmdline) = (args.initrd.clone(), args.cmdline.clone());
+    let config = LinuxConfig {
+        boot: LinuxBoot { kernel, initrd, cmdline },
+        memory_bytes: args.memory,
+        vcpus: args.vcpus,
+        huge_pages: args.huge_pages,
+    };
+    let vm = LinuxVm::boot(&config, session::console_output(args.json))?;
+    let vcpus = args.vcpus.into();
+    let session = Session { vm, vcpus, control, started, made_ms: since(started) };
+    session.run()?.report(args.json)
+}
+
+/// What `--json` prints of the built-in guest's run.
+#[derive(Debug, Serialize)]
+struct BuiltinSummary {
+    cpu: &'static str,
+    vcpus: u8,
+    memory_bytes: u64,
+    /// Generating memory, and letting the guest compute its checksums.
+    prepared_ms: f64,
+    /// Touching every page in random order.
+    workload_ms: f64,
+    pages: u64,
+    mismatches: u64,
+}
+
+fn run_builtin(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let config = VmConfig {
+        memory_bytes: args.memory,
+        vcpus: args.vcpus.into(),
+        cpu: Cpu::Auto,
+        ..VmConfig::default()
+    };
+    let mut vm = Vm::build(&config)?;
+    vm.prepare().context("letting the guest compute its checksums")?;
+    let prepared_ms = since(started);
+    let report = vm.run(&Workload::default(), Instant::now())?;
+    let summary = BuiltinSummary {
+        cpu: cpu_name(vm.cpu()),
+        vcpus: args.vcpus,
+        memory_bytes: args.memory,
+        prepared_ms,
+        workload_ms: millis(report.workload),
+        pages: report.pages,
+        mismatches: report.mismatches,
+    };
+    if args.json {
+        output::json(&summary)?;
+    } else {
+        output::line(&format!(
+            "the built-in guest touched {} pages of {} in {:.0} ms on {} ({}); {} were wrong",
+            summary.pages,
+            size::show(summary.memory_bytes),
+            summary.workload_ms,
+            show_vcpus(summary.vcpus.into()),
+            summary.cpu,
+            summary.mismatches,
+        ))?;
+    }
+    Ok(if summary.mismatches == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,120 @@
+//! A Linux VM in this process, from its start to its end: the terminal, the
+//! control socket and the signals that it is run with.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, poll};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::low_level::pipe;
+use vmpager_vm::LinuxVm;
+
+use super::control::ControlSocket;
+use super::outcome::{Ended, RunSummary, since};
+use super::protocol::{Reply, Request, RunState, VmStatus};
+use super::terminal::{self, RawTerminal};
+use crate::vm_process::millis;
+
+/// Where the guest's console goes: standard output is for JSON if that was
+/// asked for.
+pub(super) fn console_output(json: bool) -> Box<dyn Write + Send> {
+    if json { Box::new(io::stderr()) } else { Box::new(io::stdout()) }
+}
+
+/// A VM that is about to run.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) vm: LinuxVm,
+    pub(super) vcpus: u64,
+    pub(super) control: Option<ControlSocket>,
+    /// When the command began.
+    pub(super) started: Instant,
+    /// How long it took to make the VM.
+    pub(super) made_ms: f64,
+}
+
+impl Session {
+    /// Runs the guest until it ends, or its user has it end.
+    pub(super) fn run(mut self) -> anyhow::Result<RunSummary> {
+        let (quit, wants_quit) = UnixStream::pair().context("a pair of sockets")?;
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            pipe::register(signal, wants_quit.try_clone()?).context("catching signals")?;
+        }
+        let terminal = RawTerminal::enter()?;
+        if terminal.is_some() {
+            eprintln!("vmpager: Ctrl-A x ends the VM");
+        }
+        terminal::forward(self.vm.console(), terminal.is_some(), wants_quit)?;
+        self.vm.resume()?;
+        let end = self.until_end(&quit)?;
+        drop(terminal);
+        let entered = self.vm.entered();
+        Ok(RunSummary {
+            end,
+            vcpus: self.vcpus,
+            memory_bytes: self.vm.memory().len() as u64,
+            made_ms: self.made_ms,
+            first_instruction_ms: entered.map(|at| millis(at.duration_since(self.started))),
+            ran_ms: since(self.started),
+        })
+    }
+
+    fn until_end(&mut self, quit: &UnixStream) -> anyhow::Result<Ended> {
+        loop {
+            let mut fds =
+                vec![PollFd::new(&self.vm, PollFlags::IN), PollFd::new(quit, PollFlags::IN)];
+            fds.extend(self.control.as_ref().map(|control| PollFd::new(control, PollFlags::IN)));
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).context("waiting for the guest to end"),
+            }
+            let is_ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            if let Some(end) = self.vm.wait(Duration::ZERO)? {
+                return Ok(end.into());
+            }
+            if is_ready[1] || is_ready.get(2) == Some(&true) && self.serve() {
+                self.vm.pause();
+                return Ok(Ended::Stopped);
+            }
+        }
+    }
+
+    /// Serves a peer of the control socket. Whether the VM is to end.
+    fn serve(&mut self) -> bool {
+        let Some(control) = &self.control else { return false };
+        let (vm, vcpus, mut ends) = (&mut self.vm, self.vcpus, false);
+        control.serve(|request| {
+            ends = matches!(request, Request::Quit);
+            match carry_out(vm, &request) {
+                Ok(()) => Reply::Ok(status(vm, vcpus, ends)),
+                Err(error) => {
+                    ends = false;
+                    Reply::Error(format!("{error:#}"))
+                }
+            }
+        });
+        ends
+    }
+}
+
+fn carry_out(vm: &mut LinuxVm, request: &Request) -> anyhow::Result<()> {
+    match request {
+        Request::Status | Request::Quit => Ok(()),
+        Request::Pause => {
+            vm.pause();
+            Ok(())
+        }
+        Request::Resume => Ok(vm.resume()?),
+    }
+}
+
+fn status(vm: &LinuxVm, vcpus: u64, ends: bool) -> VmStatus {
+    let state = match (ends, vm.is_running()) {
+        (true, _) => RunState::Ending,
+        (false, true) => RunState::Running,
+        (false, false) => RunState::Paused,
+    };
+    VmStatus { state, vcpus, memory_bytes: vm.memory().len() as u64 }
+}
