@@ -9,13 +9,16 @@
 //!      gdt        descriptor table and task state segment
 //!      stacks ..  one page per vCPU
 //!      sums ..    the checksum table, eight bytes per page of memory
-//!      first ..   generated contents, to the end of memory
+//!      first ..   contents
+//!      end ..     nothing, to the end of memory
 //! ```
 //!
 //! All of it is in the snapshot, so that a restored guest misses its code, its
 //! page tables and its stack as a real one does. What the host writes before a
 //! run (parameters, order, results) is in the device memory at
 //! [`DEVICE_GPA`], which is always present and no part of the snapshot.
+
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +49,7 @@ pub(crate) struct Layout {
     pub(crate) stacks: u64,
     pub(crate) sums: u64,
     pub(crate) first: u64,
+    pub(crate) end: u64,
 }
 
 impl Layout {
@@ -72,16 +76,28 @@ impl Layout {
         let stacks = gdt + 1;
         let sums = stacks + vcpus;
         let first = sums + (memory_pages * 8).div_ceil(PAGE_SIZE);
-        Ok(Self { memory_pages, vcpus, code, gdt, stacks, sums, first })
+        Ok(Self { memory_pages, vcpus, code, gdt, stacks, sums, first, end: memory_pages })
+    }
+
+    /// The same with that many pages of contents, and nothing after them.
+    pub(crate) fn with_content_pages(self, pages: u64) -> Result<Self, VmError> {
+        if !(1..=self.memory_pages - self.first).contains(&pages) {
+            return Err(VmError::Config {
+                field: "pages of contents",
+                value: pages,
+                remedy: "have at least one, and memory for them and the guest's own structures",
+            });
+        }
+        Ok(Self { end: self.first + pages, ..self })
     }
 
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.memory_pages * PAGE_SIZE
     }
 
-    /// Number of pages with generated contents.
-    pub(crate) fn content_pages(&self) -> u64 {
-        self.memory_pages - self.first
+    /// The pages with contents.
+    pub(crate) fn contents(&self) -> Range<u64> {
+        self.first..self.end
     }
 
     pub(crate) fn page_table_root(&self) -> u64 {
@@ -169,7 +185,13 @@ mod tests {
             assert!(error.contains("memory_bytes") && error.contains(&bytes.to_string()));
         }
         assert!(Layout::new(4 << 20, 0).unwrap_err().to_string().contains("vcpus"));
-        assert!(Layout::new(DEVICE_GPA, MAX_VCPUS).is_ok());
+        let largest = Layout::new(DEVICE_GPA, MAX_VCPUS).unwrap();
+        let room = largest.memory_pages - largest.first;
+        for pages in [0, room + 1, u64::MAX] {
+            let error = largest.clone().with_content_pages(pages).unwrap_err().to_string();
+            assert!(error.contains(&format!("contents {pages}")), "{error}");
+        }
+        assert_eq!(largest.clone().with_content_pages(room).unwrap(), largest);
     }
 
     #[test]

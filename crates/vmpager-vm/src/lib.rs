@@ -30,7 +30,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `contents` | what memory holds |
+//! | `contents`, `filling` | what memory holds |
 //! | `checksum` | a page's checksum, the same on host and guest |
 //! | `layout` | where the guest's own structures lie |
 //! | `memory` | guest memory and its memslots |
@@ -53,6 +53,7 @@ mod contents;
 mod device;
 mod devices;
 mod error;
+mod filling;
 mod kvm;
 mod layout;
 mod linux;
@@ -72,6 +73,7 @@ pub use checksum::checksum;
 pub use contents::{Contents, Kind};
 pub use devices::{ConsoleInput, GuestEnd};
 pub use error::VmError;
+pub use filling::Filling;
 pub use linux::{BootError, LinuxBoot, MAX_VCPUS};
 pub use linux_vm::{LinuxConfig, LinuxVm};
 pub use report::{HostReport, RunReport, Stalls};

@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use vmpager_sys::memory::Mapping;
 
 use crate::checksum::checksum;
-use crate::contents::{Contents, Kind};
+use crate::contents::Contents;
 use crate::device::{Device, to_usize};
 use crate::error::VmError;
+use crate::filling::Filling;
 use crate::kvm::{self, Builtin, Parts};
 use crate::layout::{DEVICE_GPA, Layout};
 use crate::memory::{GuestMemory, Memslot};
@@ -48,8 +49,8 @@ pub enum CpuKind {
 pub struct VmConfig {
     /// Guest memory: a multiple of 2 MiB.
     pub memory_bytes: u64,
-    /// Decides the contents of memory.
-    pub seed: u64,
+    /// What its memory holds.
+    pub filling: Filling,
     /// What plays the vCPUs.
     pub cpu: Cpu,
     /// How many there are; each works on a part of the pages.
@@ -58,7 +59,8 @@ pub struct VmConfig {
 
 impl Default for VmConfig {
     fn default() -> Self {
-        Self { memory_bytes: 512 << 20, seed: 1, cpu: Cpu::Auto, vcpus: 1 }
+        let filling = Filling::Generated { seed: 1, bytes: None };
+        Self { memory_bytes: 512 << 20, filling, cpu: Cpu::Auto, vcpus: 1 }
     }
 }
 
@@ -70,36 +72,32 @@ pub struct Vm {
     memory: GuestMemory,
     device: Device,
     layout: Layout,
-    contents: Contents,
-    seed: u64,
+    /// Absent if contents came from a file.
+    seed: Option<u64>,
     is_prepared: bool,
 }
 
 impl Vm {
-    /// Builds a guest and generates its memory.
+    /// Builds a guest and fills its memory.
     ///
     /// # Errors
     ///
-    /// If the configuration cannot be used, memory cannot be mapped, or KVM
-    /// was asked for and refuses.
+    /// If the configuration cannot be used, memory cannot be mapped or filled,
+    /// or KVM was asked for and refuses.
     pub fn build(config: &VmConfig) -> Result<Self, VmError> {
-        let layout = Layout::new(config.memory_bytes, config.vcpus)?;
+        let mut layout = Layout::new(config.memory_bytes, config.vcpus)?;
+        if let Some(pages) = config.filling.pages()? {
+            layout = layout.with_content_pages(pages)?;
+        }
         let bytes = layout.memory_bytes();
         let mapping = Mapping::anonymous(to_usize(bytes))
             .map_err(|error| VmError::Memory { bytes, error })?;
         for (page, bytes) in layout.fixed_pages(kvm::code()).iter().enumerate() {
             mapping.write(page * PAGE_BYTES, bytes);
         }
-        let contents = Contents::new(config.seed);
-        in_parallel(layout.first..layout.memory_pages, |part| {
-            let mut bytes = [0; PAGE_BYTES];
-            for page in part.filter(|page| contents.kind(*page) != Kind::Zero) {
-                contents.fill(page, &mut bytes);
-                mapping.write(to_usize(page) * PAGE_BYTES, &bytes);
-            }
-        });
+        let seed = config.filling.fill(&mapping, &layout)?;
         let memory = GuestMemory::new(Arc::new(mapping), Memslot::flat(bytes));
-        Self::assemble(memory, layout, config.seed, config.cpu, None)
+        Self::assemble(memory, layout, seed, config.cpu, None)
     }
 
     /// Restores a guest. Its vCPUs may be of another kind than those that
@@ -123,7 +121,7 @@ impl Vm {
     fn assemble(
         memory: GuestMemory,
         layout: Layout,
-        seed: u64,
+        seed: Option<u64>,
         cpu: Cpu,
         saved: Option<&kvm::KvmState>,
     ) -> Result<Self, VmError> {
@@ -144,8 +142,7 @@ impl Vm {
                 }
             }
         };
-        let contents = Contents::new(seed);
-        Ok(Self { machine, memory, device, layout, contents, seed, is_prepared: false })
+        Ok(Self { machine, memory, device, layout, seed, is_prepared: false })
     }
 
     /// Lets the guest compute the checksum of every page, against which it
@@ -155,7 +152,7 @@ impl Vm {
     ///
     /// If the guest stops unexpectedly.
     pub fn prepare(&mut self) -> Result<(), VmError> {
-        let pages = self.layout.first..self.layout.memory_pages;
+        let pages = self.layout.contents();
         match &mut self.machine {
             Some(machine) => {
                 self.device.ask_prepare(pages);
@@ -200,7 +197,7 @@ impl Vm {
         if !self.is_prepared {
             return Err(VmError::NotPrepared);
         }
-        let pages = workload.pages(self.layout.first..self.layout.memory_pages)?;
+        let pages = workload.pages(self.layout.contents())?;
         let Some(machine) = &mut self.machine else {
             let memory = &self.memory.mapping;
             return Ok(threads::work(memory, &self.layout, &pages, workload.write_every, since));
@@ -222,7 +219,8 @@ impl Vm {
 
     /// Reads all of guest memory through the host's mapping and compares it
     /// with what was generated: contents, checksum table, code and page tables.
-    /// Only the stacks are left out.
+    /// Only the stacks are left out. Contents that came from a file are compared
+    /// with the checksum table.
     pub fn verify_from_host(&self) -> HostReport {
         let memory = &self.memory.mapping;
         let fixed = self.layout.fixed_pages(kvm::code());
@@ -231,14 +229,18 @@ impl Vm {
             .filter(|(page, bytes)| threads::checksum_at(memory, *page) != checksum(bytes))
             .map(|(page, _)| page)
             .collect();
-        let pages = self.layout.first..self.layout.memory_pages;
+        let pages = self.layout.contents();
+        let contents = self.seed.map(Contents::new);
         let parts = in_parallel(pages.clone(), |part| {
             let mut bytes = [0; PAGE_BYTES];
             let is_wrong = |page: &u64| {
-                self.contents.fill(*page, &mut bytes);
-                let expected = checksum(&bytes);
-                threads::checksum_at(memory, *page) != expected
-                    || memory.read_u64(to_usize(self.layout.sum_of(*page))) != expected
+                let in_table = memory.read_u64(to_usize(self.layout.sum_of(*page)));
+                let generated = contents.map(|contents| {
+                    contents.fill(*page, &mut bytes);
+                    checksum(&bytes)
+                });
+                threads::checksum_at(memory, *page) != in_table
+                    || generated.is_some_and(|expected| expected != in_table)
             };
             part.filter(is_wrong).collect::<Vec<u64>>()
         });
@@ -262,6 +264,7 @@ impl Vm {
 
     /// How many pages have contents, that is, can be touched by a workload.
     pub fn content_pages(&self) -> u64 {
-        self.layout.content_pages()
+        let pages = self.layout.contents();
+        pages.end - pages.start
     }
 }

@@ -4,16 +4,16 @@
 
 mod common;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{MEMORY, config, cpus, restore_and_run, snapshot};
+use common::{MEMORY, SEED, config, cpus, restore_and_run, snapshot};
 use vmpager_sys::memory::Mapping;
 use vmpager_vm::{
-    Contents, Cpu, CpuKind, Kind, Order, PAGE_BYTES, RestoreMemory, Snapshot, Vm, VmConfig,
-    VmError, Workload,
+    Contents, Cpu, CpuKind, Filling, Kind, Order, PAGE_BYTES, RestoreMemory, Snapshot, Vm,
+    VmConfig, VmError, Workload,
 };
 
 #[test]
@@ -107,7 +107,7 @@ fn snapshots_move_between_kinds_of_vcpu() {
 fn a_flipped_byte_is_reported_as_exactly_its_page() {
     for cpu in cpus() {
         let (_dir, snapshot) = snapshot(&config(cpu));
-        let contents = Contents::new(config(cpu).seed);
+        let contents = Contents::new(SEED);
         for kind in [Kind::Zero, Kind::Text] {
             // Pages past the guest's own structures.
             let page = (1000..MEMORY / 4096).find(|p| contents.kind(*p) == kind).unwrap();
@@ -173,4 +173,42 @@ fn zero_pages_are_holes_in_the_memory_file() {
     let allocated = metadata.blocks() * 512;
     assert!(allocated < MEMORY * 9 / 10, "{allocated} of {MEMORY}");
     assert!(Snapshot::open(snapshot.paths()).is_ok());
+}
+
+#[test]
+fn memory_without_contents_stays_absent_and_a_hole() {
+    for cpu in cpus() {
+        let filling = Filling::Generated { seed: SEED, bytes: Some(1 << 20) };
+        let memory_bytes = 1 << 30;
+        let (_dir, snapshot) = snapshot(&VmConfig { memory_bytes, filling, ..config(cpu) });
+        let file = fs::metadata(&snapshot.paths().memory).unwrap();
+        assert_eq!(file.len(), memory_bytes);
+        assert!(file.blocks() * 512 < 4 << 20, "{} blocks", file.blocks());
+        let (vm, report) =
+            restore_and_run(&snapshot, RestoreMemory::Mmap, cpu, &Workload::default()).unwrap();
+        assert_eq!((report.pages, report.mismatches), (256, 0));
+        assert_eq!(vm.verify_from_host().mismatches, 0);
+    }
+}
+
+#[test]
+fn contents_can_come_from_another_guests_memory() {
+    for cpu in cpus() {
+        let (_dir, other) = snapshot(&config(Cpu::Threads));
+        let path = other.paths().memory.clone();
+        let filling = Filling::File(path.clone());
+        let tight = VmConfig { filling: filling.clone(), ..config(cpu) };
+        let error = Vm::build(&tight).unwrap_err().to_string();
+        assert!(error.contains("pages of contents 4096"), "{error}");
+
+        let roomy = VmConfig { memory_bytes: 2 * MEMORY, filling, ..config(cpu) };
+        let (_dir, snapshot) = snapshot(&roomy);
+        let (vm, report) =
+            restore_and_run(&snapshot, RestoreMemory::Mmap, cpu, &Workload::default()).unwrap();
+        assert_eq!((report.pages, report.mismatches), (4096, 0));
+        assert_eq!(vm.verify_from_host().mismatches, 0);
+        let copied = fs::read(&path).unwrap();
+        let all = fs::read(&snapshot.paths().memory).unwrap();
+        assert!(all.windows(copied.len()).step_by(4096).any(|part| part == copied));
+    }
 }

@@ -53,8 +53,8 @@ pub(crate) enum Guest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct BuiltinState {
-    /// Of the contents.
-    pub(crate) seed: u64,
+    /// Of the contents; absent if they were taken from a file.
+    pub(crate) seed: Option<u64>,
     /// What prepared it.
     pub(crate) cpu: CpuKind,
     pub(crate) layout: Layout,
@@ -127,7 +127,9 @@ impl VmState {
 
     fn check_builtin(&self, guest: &BuiltinState) -> Result<(), StateError> {
         let layout = &guest.layout;
+        let pages = layout.end.saturating_sub(layout.first);
         let expected = Layout::new(self.memory_bytes, layout.vcpus)
+            .and_then(|all| all.with_content_pages(pages))
             .map_err(|error| StateError::field("guest.builtin.layout", error.to_string()))?;
         if *layout != expected {
             let problem = format!(

@@ -24,10 +24,11 @@ fn kvm(vcpus: usize, irqchip: bool) -> impl Strategy<Value = KvmState> {
 }
 
 fn builtin() -> impl Strategy<Value = VmState> {
-    let guest = (any::<u64>(), any::<bool>(), 2_u64..40, 1_u8..4);
-    guest.prop_flat_map(|(seed, by_kvm, large_pages, vcpus)| {
+    let guest = (any::<Option<u64>>(), any::<bool>(), 2_u64..40, 1_u8..4, 1_u64..500);
+    guest.prop_flat_map(|(seed, by_kvm, large_pages, vcpus, pages)| {
         let memory_bytes = large_pages << 21;
         let layout = Layout::new(memory_bytes, vcpus.into()).unwrap();
+        let layout = layout.with_content_pages(pages).unwrap();
         let cpu = if by_kvm { CpuKind::Kvm } else { CpuKind::Threads };
         let guest = Guest::Builtin(BuiltinState { seed, cpu, layout });
         proptest::option::of(kvm(vcpus.into(), false)).prop_map(move |kvm| VmState {
@@ -111,7 +112,7 @@ fn bytes_that_are_no_state_file_are_refused() {
 #[test]
 fn a_body_that_was_edited_is_refused_by_its_checksum() {
     let text = String::from_utf8(one(builtin()).encode()).unwrap();
-    let edited = text.replacen("\"seed\": ", "\"seed\": 1", 1);
+    let edited = text.replacen("\"memory_pages\": ", "\"memory_pages\": 1", 1);
     let error = VmState::parse(edited.as_bytes()).unwrap_err();
     assert!(matches!(error, StateError::Checksum { .. }), "{error}");
     let unsealed = text.replacen("\"crc32c\": \"", "\"crc32c\": \"0", 1);
@@ -177,6 +178,11 @@ fn parts_that_do_not_fit_each_other_are_named() {
     assert!(error.contains("kvm.vcpus: "), "{error}");
     let error = change(&builtin, |state| match &mut state.guest {
         Guest::Builtin(guest) => guest.layout.code += 1,
+        Guest::Linux(_) => unreachable!("it is the built-in one"),
+    });
+    assert!(error.contains("guest.builtin.layout: "), "{error}");
+    let error = change(&builtin, |state| match &mut state.guest {
+        Guest::Builtin(guest) => guest.layout.end = u64::MAX,
         Guest::Linux(_) => unreachable!("it is the built-in one"),
     });
     assert!(error.contains("guest.builtin.layout: "), "{error}");

@@ -5,10 +5,12 @@ use std::time::Instant;
 
 use tempfile::TempDir;
 use vmpager_vm::{
-    Cpu, RestoreMemory, RunReport, Snapshot, SnapshotPaths, Vm, VmConfig, VmError, Workload,
+    Cpu, Filling, RestoreMemory, RunReport, Snapshot, SnapshotPaths, Vm, VmConfig, VmError,
+    Workload,
 };
 
 pub(crate) const MEMORY: u64 = 16 << 20;
+pub(crate) const SEED: u64 = 11;
 
 /// The kinds of vCPU this machine has; prints which tests it cannot run.
 pub(crate) fn cpus() -> Vec<Cpu> {
@@ -22,7 +24,8 @@ pub(crate) fn cpus() -> Vec<Cpu> {
 }
 
 pub(crate) fn config(cpu: Cpu) -> VmConfig {
-    VmConfig { memory_bytes: MEMORY, seed: 11, cpu, vcpus: 1 }
+    let filling = Filling::Generated { seed: SEED, bytes: None };
+    VmConfig { memory_bytes: MEMORY, filling, cpu, vcpus: 1 }
 }
 
 /// A prepared guest's snapshot.
