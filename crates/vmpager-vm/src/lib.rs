@@ -46,7 +46,6 @@
 //! | `linux_vm` | the VM with a Linux guest |
 
 #![deny(unsafe_code)]
-#![allow(dead_code, unused_imports, reason = "parts of the Linux guest arrive one by one")]
 
 mod checksum;
 mod contents;

@@ -79,7 +79,7 @@ pub(crate) enum Served {
     /// A pager at the other end of a socket. It takes the end of the connection
     /// for the end of the VM, and the end of the descriptor would turn absent
     /// pages into zeroes: dropped in this order.
-    ByPeer(UnixStream, Userfaultfd),
+    ByPeer { _connection: UnixStream, _uffd: Userfaultfd },
 }
 
 impl GuestMemory {
@@ -97,7 +97,7 @@ impl GuestMemory {
     pub(crate) fn pager(&self) -> Option<&Pager> {
         match &self.served {
             Some(Served::InProcess(pager)) => Some(pager),
-            Some(Served::ByPeer(..)) | None => None,
+            Some(Served::ByPeer { .. }) | None => None,
         }
     }
 

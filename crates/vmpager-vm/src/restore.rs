@@ -70,7 +70,8 @@ impl GuestMemory {
                     if huge_pages { Mapping::hugetlb_2m(len) } else { Mapping::anonymous(len) };
                 let mapping = Arc::new(mapping.map_err(cannot_map)?);
                 let (connection, uffd) = hand_over(&mapping, &socket, huge_pages)?;
-                Ok(Self::new(mapping, slots).served(Served::ByPeer(connection, uffd)))
+                Ok(Self::new(mapping, slots)
+                    .served(Served::ByPeer { _connection: connection, _uffd: uffd }))
             }
             RestoreMemory::InProcess { background_fill } => {
                 let mapping = Arc::new(Mapping::anonymous(len).map_err(cannot_map)?);

@@ -8,7 +8,7 @@ use super::machine::{Machine, Parts};
 use super::program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED};
 use super::refused;
 use super::registers::{IOPL_3, initial_regs, initial_sregs};
-use super::state::{KvmState, StateScope, VcpuState};
+use super::state::KvmState;
 use super::vcpu::{Answer, Stopped, Vcpu};
 use crate::error::VmError;
 use crate::layout::Layout;

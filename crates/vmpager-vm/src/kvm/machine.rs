@@ -11,7 +11,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmpager_sys::memory::Mapping;
 
-use super::state::{KvmState, MachineState, StateScope, VcpuState};
+use super::state::{KvmState, MachineState, StateScope};
 use super::vcpu::Vcpu;
 use super::{cpuid, refused};
 use crate::error::VmError;
@@ -47,7 +47,7 @@ impl Machine {
     /// Makes a VM whose vCPUs are as they are after reset.
     pub(crate) fn new(parts: &Parts<'_>) -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(|e| VmError::NoKvm(e.into()))?;
-        let vm = kvm.create_vm().map_err(|e| VmError::NoKvm(e.into()))?;
+        let vm = create_vm(&kvm)?;
         check_capabilities(&vm, parts)?;
         let memory = add_memory(&vm, parts)?;
         if parts.irqchip {
@@ -60,6 +60,11 @@ impl Machine {
         let mut vcpus = Vec::new();
         for id in 0..parts.vcpus {
             let fd = vm.create_vcpu(id).map_err(refused("create a vCPU"))?;
+            // 0 is the host's frequency. KVM gives a new vCPU the one it knew when
+            // it was loaded; if the host has measured its TSC better since, and
+            // cannot scale it, KVM takes the guest's for one that stands still,
+            // and the guest's clock jumps.
+            fd.set_tsc_khz(0).map_err(refused("run the vCPU's TSC at the host's frequency"))?;
             let cpuid = cpuid::of_vcpu(&offered, id, parts.vcpus);
             fd.set_cpuid2(&cpuid).map_err(refused("set the vCPU's CPUID"))?;
             vcpus.push(Vcpu::new(id, fd)?);
@@ -110,6 +115,17 @@ impl Machine {
             }
         }
         Ok(())
+    }
+}
+
+/// Tries again when a signal came in between: KVM then gives up, and starts
+/// afresh as well.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
+    loop {
+        match kvm.create_vm().map_err(io::Error::from) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            created => return created.map_err(VmError::NoKvm),
+        }
     }
 }
 

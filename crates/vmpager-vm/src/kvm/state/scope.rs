@@ -12,6 +12,8 @@ use crate::error::VmError;
 pub(crate) struct StateScope {
     /// Whether the interrupt controllers and the timer are KVM's.
     pub(super) irqchip: bool,
+    /// Whether a guest's TSC can have another frequency than the host's.
+    pub(super) scales_tsc: bool,
     /// Size of the XSAVE area.
     pub(super) xsave_bytes: usize,
     /// The model-specific registers that KVM calls state.
@@ -30,6 +32,7 @@ impl StateScope {
         let xsave_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             irqchip,
+            scales_tsc: vm.check_extension(Cap::TscControl),
             xsave_bytes: xsave_bytes.max(LEGACY_BYTES).next_multiple_of(WORD),
             msrs: msrs.as_slice().to_vec(),
         })

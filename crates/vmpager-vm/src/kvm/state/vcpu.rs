@@ -78,7 +78,7 @@ impl VcpuState {
     pub(crate) fn load(&self, fd: &VcpuFd, scope: &StateScope) -> Result<(), VmError> {
         // What the vCPU claims to be decides what it may be told afterwards.
         cpuid::load(fd, &self.cpuid)?;
-        self.load_tsc_frequency(fd)?;
+        self.load_tsc_frequency(fd, scope)?;
         // They say whether the local APIC is on, and in which mode.
         let sregs = self.sregs.clone().into();
         fd.set_sregs(&sregs).map_err(refused("load system registers"))?;
@@ -100,12 +100,16 @@ impl VcpuState {
     }
 
     /// Leaves a frequency alone that is nearly right: the host measures it at
-    /// each boot, and not every processor can scale it for a guest.
-    fn load_tsc_frequency(&self, fd: &VcpuFd) -> Result<(), VmError> {
-        const TOLERANCE_PPM: u64 = 250;
+    /// each boot, and not every processor can scale it for a guest. Where it
+    /// cannot, the two may be as far apart as a host's first measurement and its
+    /// better one, between which it may have been saved.
+    fn load_tsc_frequency(&self, fd: &VcpuFd, scope: &StateScope) -> Result<(), VmError> {
+        const SCALED_PPM: u64 = 250;
+        const MEASURED_PPM: u64 = 10_000;
+        let tolerance = if scope.scales_tsc { SCALED_PPM } else { MEASURED_PPM };
         let own = fd.get_tsc_khz().map_err(refused("tell the vCPU's TSC frequency"))?;
         let apart = u64::from(own.abs_diff(self.tsc_khz));
-        if apart * 1_000_000 > u64::from(own) * TOLERANCE_PPM {
+        if apart * 1_000_000 > u64::from(own) * tolerance {
             fd.set_tsc_khz(self.tsc_khz).map_err(refused(
                 "run the vCPU's TSC at the saved frequency; restore on a host whose TSC has it",
             ))?;
