@@ -11,7 +11,7 @@ pub(crate) fn run(root: &Path) -> Result<(), String> {
         .current_dir(root)
         .env("RUSTFLAGS", format!("{flags} --cfg loom"))
         .env("CARGO_TARGET_DIR", root.join("target").join("loom"))
-        .args(["test", "--package", "vmpager-core", "--release", "--test", "loom_page_map"])
+        .args(["test", "--package", "vmpager-core", "--release", "--test", "loom_*"])
         // One after the other: loom creates thousands of stacks a second, and
         // in parallel they wait for the kernel's map of this process.
         .args(["--", "--test-threads=1"])

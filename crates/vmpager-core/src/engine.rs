@@ -14,8 +14,11 @@
 //!             -> poisoned(part)           cannot ever
 //! ```
 
+use std::sync::Arc;
+
 use crate::addr::{ByteRange, Hva, PageRun, PageSize};
 use crate::page_map::{Content, PageMap, Words};
+use crate::pages::Pages;
 use crate::prefetch::{FillPace, NeighbourPolicy, Neighbours};
 use crate::slot::SlotSet;
 
@@ -59,17 +62,11 @@ pub enum FillPlan {
 /// Takes the decisions for the memory one userfaultfd serves.
 #[derive(Debug)]
 pub struct Engine<W> {
-    slots: SlotSet,
-    map: PageMap<W>,
+    pages: Arc<Pages<W>>,
     neighbours: Neighbours,
     pace: FillPace,
     /// No page below this is `Source`, or a hole whose turn has not come.
     cursor: u64,
-    /// Pages whose bytes are still to come from the source: `Source`, or
-    /// claimed and absent.
-    outstanding: u64,
-    /// Pages in small holes of the source that have no memory yet.
-    holes: u64,
 }
 
 /// Base pages in 2 MiB.
@@ -79,36 +76,38 @@ impl<W: Words> Engine<W> {
     /// An engine for these slots, with a page map in `words` (zeroed, and as
     /// many as [`page_map::words_for`](crate::page_map::words_for) says).
     pub fn new(slots: SlotSet, words: W, neighbours: NeighbourPolicy) -> Self {
-        let pages = slots.pages();
+        let count = slots.pages();
         Self {
-            map: PageMap::new(words, pages),
-            neighbours: Neighbours::new(neighbours, pages),
+            pages: Arc::new(Pages::new(slots, words)),
+            neighbours: Neighbours::new(neighbours, count),
             pace: FillPace::new(),
             cursor: 0,
-            outstanding: pages,
-            holes: 0,
-            slots,
         }
     }
 
     /// The slots served.
     pub fn slots(&self) -> &SlotSet {
-        &self.slots
+        self.pages.slots()
     }
 
     /// The page map.
     pub fn map(&self) -> &PageMap<W> {
-        &self.map
+        self.pages.map()
+    }
+
+    /// What other installers of the same memory share with this engine.
+    pub fn pages(&self) -> &Arc<Pages<W>> {
+        &self.pages
     }
 
     /// Pages whose bytes are still to come from the source.
     pub fn outstanding(&self) -> u64 {
-        self.outstanding
+        self.pages.outstanding()
     }
 
     /// Somebody waits for the page at `hva`. `None` if no slot is there.
     pub fn fault(&mut self, hva: Hva) -> Option<FaultPlan> {
-        let page = self.slots.page_at(hva)?;
+        let page = self.slots().page_at(hva)?;
         self.demanded();
         Some(self.plan(page))
     }
@@ -122,23 +121,23 @@ impl<W: Words> Engine<W> {
     /// What to do now about a page somebody waits for.
     pub fn plan(&mut self, page: u64) -> FaultPlan {
         loop {
-            if self.map.is_present(page) {
+            if self.pages.map().is_present(page) {
                 return FaultPlan::Confirm(page);
             }
-            match self.map.content(page) {
+            match self.pages.map().content(page) {
                 Content::Source => {
                     let window = self.window(page);
-                    let up = self.map.claim_up(page, window.end() - page);
+                    let up = self.pages.map().claim_up(page, window.end() - page);
                     if up == 0 {
                         continue; // somebody else was faster: look again
                     }
-                    let down = self.map.claim_down(page, page - window.first);
+                    let down = self.pages.map().claim_down(page, page - window.first);
                     return FaultPlan::Fetch { page, run: PageRun::new(page - down, down + up) };
                 }
                 Content::Claimed => return FaultPlan::InFlight(page),
                 Content::Zero => {
                     let window = self.window(page);
-                    let count = self.map.alike_from(page, window.end() - page);
+                    let count = self.pages.map().alike_from(page, window.end() - page);
                     return FaultPlan::Zero(PageRun::new(page, count));
                 }
                 Content::Poisoned => return FaultPlan::Poisoned(page),
@@ -147,7 +146,7 @@ impl<W: Words> Engine<W> {
     }
 
     fn window(&mut self, page: u64) -> PageRun {
-        let (slot, bounds) = self.slots.slot_of(page);
+        let (slot, bounds) = self.pages.slots().slot_of(page);
         match slot.page_size {
             PageSize::Size4K => self.neighbours.window(page, bounds),
             PageSize::Size2M => PageRun::new(page, 1),
@@ -163,31 +162,27 @@ impl<W: Words> Engine<W> {
     /// The next pages to fill, `most` at most (and at least one huge page, in
     /// slots of such): claimed, if they are to be fetched.
     pub fn next_fill(&mut self, most: u64) -> FillPlan {
-        let source = self.map.next_source(self.cursor);
-        let hole = self.map.next_holes(self.cursor);
+        let source = self.pages.map().next_source(self.cursor);
+        let hole = self.pages.map().next_holes(self.cursor);
         match (source, hole) {
             (Some(page), Some(hole)) if hole.first < page => self.fill_hole(hole, most),
             (Some(page), _) => self.fill_from(page, most),
             (None, Some(hole)) => self.fill_hole(hole, most),
             (None, None) => {
-                self.cursor = self.map.pages();
-                if self.outstanding == 0 && self.holes == 0 {
-                    FillPlan::Complete
-                } else {
-                    FillPlan::Wait
-                }
+                self.cursor = self.pages.map().pages();
+                if self.pages.is_complete() { FillPlan::Complete } else { FillPlan::Wait }
             }
         }
     }
 
     fn fill_from(&mut self, first: u64, most: u64) -> FillPlan {
-        let (slot, bounds) = self.slots.slot_of(first);
+        let (slot, bounds) = self.pages.slots().slot_of(first);
         let most = match slot.page_size {
             // Never across 2 MiB: one slow read holds up no more.
             PageSize::Size4K => most.min(HUGE_PAGE - first % HUGE_PAGE),
             PageSize::Size2M => 1,
         };
-        let count = self.map.claim_up(first, most.min(bounds.end() - first));
+        let count = self.pages.map().claim_up(first, most.min(bounds.end() - first));
         self.cursor = first + count;
         match count {
             0 => FillPlan::Wait, // somebody else was faster
@@ -196,7 +191,7 @@ impl<W: Words> Engine<W> {
     }
 
     fn fill_hole(&mut self, hole: PageRun, most: u64) -> FillPlan {
-        let (_, bounds) = self.slots.slot_of(hole.first);
+        let (_, bounds) = self.pages.slots().slot_of(hole.first);
         let count = hole.count.min(most).min(bounds.end() - hole.first);
         let run = PageRun::new(hole.first, count);
         self.cursor = run.end();
@@ -206,56 +201,32 @@ impl<W: Words> Engine<W> {
     /// The parts of a claimed run that nobody took away meanwhile: only these
     /// may be installed from the source.
     pub fn still_claimed(&self, run: PageRun) -> impl Iterator<Item = PageRun> + '_ {
-        let mut page = run.first;
-        std::iter::from_fn(move || {
-            while page < run.end() {
-                let alike = self.map.alike_from(page, run.end() - page);
-                let part = PageRun::new(page, alike);
-                page += alike;
-                let claimed = self.map.content(part.first) == Content::Claimed;
-                if claimed && !self.map.is_present(part.first) {
-                    return Some(part);
-                }
-            }
-            None
-        })
+        self.pages.still_claimed(run)
     }
 
     /// Pages have their contents.
     pub fn installed(&mut self, run: PageRun) {
-        let mut page = run.first;
-        while page < run.end() {
-            let alike = self.map.alike_from(page, run.end() - page);
-            let part = PageRun::new(page, alike);
-            let from_source = self.map.content(page) == Content::Claimed;
-            let new = self.map.publish(part);
-            if from_source {
-                self.outstanding -= new;
-            } else {
-                self.holes -= self.map.clear_holes(part);
-            }
-            page += alike;
-        }
+        self.pages.installed(run);
     }
 
     /// Claimed pages could not be installed this time; they will be asked for
     /// again.
     pub fn released(&mut self, run: PageRun) {
-        self.map.release(run);
+        self.pages.map().release(run);
         self.cursor = self.cursor.min(run.first);
     }
 
     /// Claimed pages cannot be had.
     pub fn poisoned(&mut self, run: PageRun) {
-        self.outstanding -= self.map.poison(run);
+        self.pages.poisoned(run);
     }
 
     /// The pages of a range of host addresses were given back: they read as
     /// zeroes from now on.
     pub fn removed(&mut self, start: Hva, end: Hva) -> u64 {
         let mut count = 0;
-        for run in self.slots.runs_within(start, end) {
-            zero(&self.map, &mut self.outstanding, &mut self.holes, run);
+        for run in self.pages.slots().runs_within(start, end) {
+            self.pages.zeroed(run);
             count += run.count;
         }
         count
@@ -265,8 +236,8 @@ impl<W: Words> Engine<W> {
     /// page now.
     pub fn replaced_by_zero(&mut self, page: u64) {
         let run = PageRun::new(page, 1);
-        zero(&self.map, &mut self.outstanding, &mut self.holes, run);
-        self.map.publish(run);
+        self.pages.zeroed(run);
+        self.pages.map().publish(run);
     }
 
     /// A range of the source is known to be zeroes.
@@ -276,20 +247,13 @@ impl<W: Words> Engine<W> {
     /// more, and keeps KVM from mapping its neighbours ahead. Larger holes are
     /// memory the guest does not use; they stay absent, which costs nothing.
     pub fn known_zero(&mut self, range: ByteRange) {
-        for run in self.slots.runs_of_source(range) {
-            zero(&self.map, &mut self.outstanding, &mut self.holes, run);
-            let (slot, _) = self.slots.slot_of(run.first);
+        for run in self.pages.slots().runs_of_source(range) {
+            self.pages.zeroed(run);
+            let (slot, _) = self.pages.slots().slot_of(run.first);
             if slot.page_size == PageSize::Size4K && run.count < HUGE_PAGE {
-                self.map.mark_holes(run);
-                self.holes += run.count;
+                self.pages.small_hole(run);
                 self.cursor = self.cursor.min(run.first);
             }
         }
     }
-}
-
-/// The run's pages read as zeroes from now on.
-fn zero<W: Words>(map: &PageMap<W>, outstanding: &mut u64, holes: &mut u64, run: PageRun) {
-    *outstanding -= map.mark_zero(run);
-    *holes -= map.clear_holes(run);
 }

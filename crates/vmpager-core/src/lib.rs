@@ -10,6 +10,7 @@
 //! | [`addr`] | what an address, a page and a range are |
 //! | [`slot`] | which slot and page an address belongs to |
 //! | [`page_map`] | what state a page is in, for every thread and process that looks |
+//! | [`pages`] | what all who install share |
 //! | [`prefetch`] | how much to bring in beside a demanded page, and what to fill next |
 //! | [`engine`] | what to do about a fault, a removal, a finished read |
 //! | [`source`] | how page contents are asked for |
@@ -18,6 +19,7 @@
 pub mod addr;
 pub mod engine;
 pub mod page_map;
+pub mod pages;
 pub mod prefetch;
 pub mod slot;
 pub mod source;
@@ -26,5 +28,6 @@ mod sync;
 pub use addr::{ByteRange, Hva, PageRun, PageSize};
 pub use engine::{Engine, FaultPlan, FillPlan};
 pub use page_map::{Content, PageMap, Words};
+pub use pages::Pages;
 pub use slot::{Slot, SlotError, SlotSet};
 pub use source::{PageData, PageReader, PageSource, Priority, ReadId, ReadRequest, SourceError};

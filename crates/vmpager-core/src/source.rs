@@ -120,6 +120,15 @@ impl PageData<'_> {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Where the kernel finds the bytes, until the reader's next call. This
+    /// process must not read them there.
+    pub fn address(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.as_ptr() as usize,
+            Self::Mapped { addr, .. } => *addr,
+        }
+    }
 }
 
 impl fmt::Debug for PageData<'_> {

@@ -19,15 +19,18 @@
 
 pub mod daemon;
 pub mod handshake;
+pub mod installer;
 pub mod pager;
 mod placement;
 mod polling;
 mod reads;
 mod served;
+mod shared;
 pub mod stats;
 mod worker;
 
 pub use daemon::{Daemon, DaemonConfig, DaemonError};
+pub use installer::{Installer, Resolution};
 pub use pager::{Pager, PagerBuilder, PagerError};
 pub use served::ServeOptions;
 pub use stats::{EndReason, SessionSummary};

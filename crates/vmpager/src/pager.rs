@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use vmpager_core::prefetch::NeighbourPolicy;
-use vmpager_core::{Hva, PageSize, PageSource, Slot, SlotError, SlotSet};
+use vmpager_core::{Hva, PageSize, PageSource, Slot, SlotError, SlotSet, SourceError};
 use vmpager_sys::memory::GuestRange;
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 
+use crate::installer::Installer;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served, page_map_words};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
@@ -102,6 +103,7 @@ pub struct PagerBuilder {
 #[derive(Debug)]
 pub struct Pager {
     worker: WorkerHandle,
+    source: Arc<dyn PageSource>,
     events: Receiver<Event>,
     memory: MemoryId,
     /// The end of serving, once it came.
@@ -205,7 +207,14 @@ impl PagerBuilder {
         let served = Served::new(memory, uffd, slots, words, &*self.source, &self.options)
             .keeping(self.regions.into_iter().map(|(range, _, _)| range).collect());
         worker.tell(Command::Serve(Box::new(served)));
-        Ok(Pager { worker, events, memory, ended: Default::default(), _doorbell: doorbell })
+        Ok(Pager {
+            worker,
+            source: self.source,
+            events,
+            memory,
+            ended: Default::default(),
+            _doorbell: doorbell,
+        })
     }
 }
 
@@ -218,6 +227,21 @@ impl Pager {
             options: ServeOptions::default(),
             max_polling: crate::polling::default_max(),
         }
+    }
+
+    /// A way for one thread to install pages by itself. `None` if the memory is
+    /// served no longer, all of it being in place.
+    ///
+    /// # Errors
+    ///
+    /// If the source gives no reader.
+    pub fn installer(&self) -> Result<Option<Installer>, SourceError> {
+        let (to, shared) = crossbeam_channel::bounded(1);
+        self.worker.tell(Command::Share(self.memory, to));
+        let Ok(shared) = shared.recv() else { return Ok(None) };
+        let reader = self.source.clone().open_reader()?;
+        let teller = self.worker.teller().clone();
+        Ok(Some(Installer::new(shared, reader, teller, self.memory)))
     }
 
     /// Starts to bring in all pages, if that was not asked for at first.

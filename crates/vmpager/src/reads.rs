@@ -33,6 +33,10 @@ pub(crate) struct Read {
 }
 
 impl Read {
+    fn is_for(&self, memory: MemoryId, page: u64) -> bool {
+        self.memory == memory && self.run.pages().contains(&page)
+    }
+
     /// Its waiter, if that waits for a page of `run`.
     pub(crate) fn waiter_within(&self, run: PageRun) -> Option<Waiter> {
         self.waiter.filter(|waiter| run.pages().contains(&waiter.page))
@@ -84,21 +88,21 @@ impl Reads {
         self.in_flight.is_empty() && self.paused.is_empty()
     }
 
+    /// Whether a read of this page is in flight, or will be again.
+    pub(crate) fn covers(&self, memory: MemoryId, page: u64) -> bool {
+        let paused = self.paused.iter().map(|(_, read)| read);
+        self.in_flight.values().chain(paused).any(|read| read.is_for(memory, page))
+    }
+
     /// Somebody waits for a page that is in flight: move its read forward.
     pub(crate) fn promote(&mut self, memory: MemoryId, waiter: Waiter) {
-        for (id, read) in &mut self.in_flight {
-            if read.memory == memory && read.run.pages().contains(&waiter.page) {
-                read.waiter.get_or_insert(waiter);
-                self.reader.promote(*id, Priority::Demand);
-                return;
-            }
-        }
-        for (_, read) in &mut self.paused {
-            if read.memory == memory && read.run.pages().contains(&waiter.page) {
-                read.waiter.get_or_insert(waiter);
-                read.priority = Priority::Demand;
-                return;
-            }
+        let is_for = |read: &Read| read.is_for(memory, waiter.page);
+        if let Some((id, read)) = self.in_flight.iter_mut().find(|(_, read)| is_for(read)) {
+            read.waiter.get_or_insert(waiter);
+            self.reader.promote(*id, Priority::Demand);
+        } else if let Some((_, read)) = self.paused.iter_mut().find(|(_, read)| is_for(read)) {
+            read.waiter.get_or_insert(waiter);
+            read.priority = Priority::Demand;
         }
     }
 

@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use tracing::{debug, error};
-use vmpager_core::{PageSource, SourceError};
+use vmpager_core::{PageRun, PageSource, SourceError};
 
 use crate::placement::Placement;
 use crate::polling::Polling;
 use crate::reads::{MemoryId, Read, Reads};
 use crate::served::{Filled, Lost, Served};
+use crate::shared::Shared;
 use crate::stats::{EndReason, MemoryNumbers};
 
 /// What a worker is told.
@@ -33,6 +34,10 @@ pub(crate) enum Command {
     Report(MemoryId, Sender<MemoryNumbers>),
     /// Fill this memory, though it was not asked for at first.
     Fill(MemoryId),
+    /// Let others install pages of this memory too.
+    Share(MemoryId, Sender<Arc<Shared>>),
+    /// Bring pages that another installer has claimed and cannot bring.
+    Bring(MemoryId, PageRun),
     /// Finish what is in flight, then end; take `until` at most. `poison` says
     /// which memories nobody would go on holding.
     Stop { until: Instant, poison: Vec<MemoryId> },
@@ -55,20 +60,43 @@ pub(crate) enum Event {
     Stopped,
 }
 
+/// A way to tell a worker something.
+#[derive(Clone, Debug)]
+pub(crate) struct Teller {
+    commands: Sender<Command>,
+    doorbell: Arc<OwnedFd>,
+}
+
+impl Teller {
+    /// Tells the worker something. False if it has ended.
+    pub(crate) fn tell(&self, command: Command) -> bool {
+        let told = self.commands.send(command).is_ok();
+        self.nudge();
+        told
+    }
+
+    /// Has the worker look at what there is to do.
+    pub(crate) fn nudge(&self) {
+        ring(&self.doorbell);
+    }
+}
+
 /// A worker thread, as its owner sees it.
 #[derive(Debug)]
 pub(crate) struct WorkerHandle {
-    commands: Sender<Command>,
-    doorbell: Arc<OwnedFd>,
+    teller: Teller,
     pub(crate) thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl WorkerHandle {
     /// Tells the worker something. False if it has ended.
     pub(crate) fn tell(&self, command: Command) -> bool {
-        let told = self.commands.send(command).is_ok();
-        ring(&self.doorbell);
-        told
+        self.teller.tell(command)
+    }
+
+    /// A way for others to do so.
+    pub(crate) fn teller(&self) -> &Teller {
+        &self.teller
     }
 }
 
@@ -168,7 +196,7 @@ pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
         let _guard = AbortOnPanic;
         worker.run();
     })?;
-    Ok(WorkerHandle { commands, doorbell: bell, thread: Some(thread) })
+    Ok(WorkerHandle { teller: Teller { commands, doorbell: bell }, thread: Some(thread) })
 }
 
 /// Unwinding a worker would close its userfaultfds, and memory still missing
@@ -349,6 +377,17 @@ impl Worker {
                         self.filling.push(id);
                     }
                 }
+                Ok(Command::Share(id, to)) => {
+                    if let Some(memory) = self.memories.get_mut(&id) {
+                        let _ = to.send(memory.share());
+                    }
+                }
+                Ok(Command::Bring(id, run)) => {
+                    let Some(memory) = self.memories.get_mut(&id) else { continue };
+                    if let Err(lost) = memory.bring(run, &mut self.reads) {
+                        self.lose(id, lost);
+                    }
+                }
                 Ok(Command::Stop { until, poison }) => {
                     self.filling.clear();
                     self.stopping = Some((until, poison));
@@ -452,7 +491,7 @@ impl Worker {
     }
 
     fn end_filled(&mut self, id: MemoryId) {
-        if let Some(memory) = self.forget(id) {
+        if let Some(mut memory) = self.forget(id) {
             memory.detach();
             let numbers = Box::new(memory.numbers());
             let reason = EndReason::Filled;
@@ -461,7 +500,8 @@ impl Worker {
     }
 
     fn lose(&mut self, id: MemoryId, lost: Lost) {
-        if let Some(memory) = self.forget(id) {
+        if let Some(mut memory) = self.forget(id) {
+            memory.stop_sharing();
             let numbers = Box::new(memory.numbers());
             let (reason, held) = match lost {
                 Lost::PeerGone => (EndReason::PeerExited, None),
@@ -501,6 +541,7 @@ impl Worker {
         let ids: Vec<MemoryId> = self.memories.keys().copied().collect();
         for id in ids {
             let Some(mut memory) = self.forget(id) else { continue };
+            memory.stop_sharing();
             let numbers = Box::new(memory.numbers());
             let reason = EndReason::Stopped;
             if poison.contains(&id) && !memory.poison_missing() {

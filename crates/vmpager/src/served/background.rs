@@ -8,8 +8,9 @@ use vmpager_core::{FillPlan, PageData, PageRun, PageSize, Priority, SourceError}
 use vmpager_sys::uffd::Stop;
 
 use super::install::{FIRST_RETRY, Put, PutEnd};
-use super::{Leftover, Lost, Served, address_of, at_hand};
+use super::{Leftover, Lost, Served, at_hand};
 use crate::reads::{Read, Reads, Waiter};
+use crate::shared::Serving;
 
 /// How long missing pages are tried to be poisoned while the layout of the
 /// memory keeps changing.
@@ -87,7 +88,7 @@ impl Served {
         let (slot, _) = self.engine.slots().slot_of(read.run.first);
         let shift = slot.page_size.shift();
         let parts: Vec<PageRun> = self.engine.still_claimed(read.run).collect();
-        let src = address_of(data);
+        let src = data.address();
         let mut installed = 0;
         for part in &parts {
             let offset = usize::try_from((part.first - read.run.first) << shift);
@@ -182,7 +183,7 @@ impl Served {
         let (_, range) = self.engine.slots().locate(run);
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
-                let src = address_of(data);
+                let src = data.address();
                 self.fill_from(run, src, until, reads)
             }
             Ok(None) => {
@@ -241,12 +242,15 @@ impl Served {
 
     /// Lets go of the memory, every page of which is in place: no fault, no
     /// event and no cost from then on.
-    pub(crate) fn detach(&self) {
+    pub(crate) fn detach(&mut self) {
         for slot in self.engine.slots().iter() {
             if let Err(error) = self.uffd.unregister(slot.hva.0, slot.len) {
                 // Closing the descriptor does the same, for all of it.
                 warn!("unregistering {:#x} bytes at {}: {error}", slot.len, slot.hva);
             }
+        }
+        if let Some(shared) = self.shared.take() {
+            shared.end(Serving::Filled);
         }
     }
 

@@ -130,7 +130,7 @@ impl Served {
             let result = self.put_once(hva, len, what_left);
             let done = PageRun::new(left.first, result.bytes >> shift);
             if !matches!(what, Put::Poison) {
-                self.engine.installed(done);
+                self.installed(done);
             }
             pages += done.count;
             left = PageRun::new(done.end(), left.count - done.count);
@@ -154,7 +154,7 @@ impl Served {
                     // waiter slept: wake once more.
                     let one = PageRun::new(left.first, 1);
                     if !matches!(what, Put::Poison) {
-                        self.engine.installed(one);
+                        self.installed(one);
                     }
                     let (hva, len) = self.address(one);
                     self.wake(hva, len)?;
@@ -191,6 +191,17 @@ impl Served {
         match &mut self.asleep {
             Some(asleep) => asleep.waiters += 1,
             None => self.counters.stalled(waiter.since, 1),
+        }
+    }
+
+    fn installed(&mut self, run: PageRun) {
+        self.engine.installed(run);
+        self.tell_installers();
+    }
+
+    fn tell_installers(&self) {
+        if let Some(shared) = &self.shared {
+            shared.changed();
         }
     }
 
@@ -279,6 +290,7 @@ impl Served {
     fn give_back(&mut self, rest: PageRun, waiter: Option<Waiter>) {
         self.counters.retried += 1;
         self.engine.released(rest);
+        self.tell_installers();
         if waiter.is_none() || rest.count > 1 {
             // More than one may have joined the read.
             self.retry.wake.push(rest);
@@ -372,6 +384,7 @@ impl Served {
         let end = self.put(part, Put::Poison)?;
         let done = end.rest.map_or(part.count, |(rest, _)| rest.first - part.first);
         self.engine.poisoned(PageRun::new(part.first, done));
+        self.tell_installers();
         self.counters.pages_poisoned += end.pages;
         Ok(end.rest)
     }
@@ -381,7 +394,7 @@ const HUGE: PageSize = PageSize::Size2M;
 
 /// Two MiB of zeroes for the kernel to read. Never written, they take no
 /// memory of their own.
-fn zeroes() -> &'static [u8] {
+pub(crate) fn zeroes() -> &'static [u8] {
     static ZEROES: OnceLock<Vec<u8>> = OnceLock::new();
     ZEROES.get_or_init(|| vec![0; 1 << HUGE.shift()])
 }

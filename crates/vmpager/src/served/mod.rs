@@ -21,6 +21,7 @@ mod install;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
@@ -35,9 +36,10 @@ use vmpager_sys::shared::SharedWords;
 use vmpager_sys::uffd::{Message, Messages, Userfaultfd};
 
 pub(crate) use self::background::Filled;
-pub(crate) use self::install::Leftover;
 use self::install::{Asleep, Put};
+pub(crate) use self::install::{Leftover, zeroes};
 use crate::reads::{MemoryId, Reads, Waiter};
+use crate::shared::{Serving, Shared};
 use crate::stats::{Counters, MemoryNumbers};
 
 /// How memory is served.
@@ -81,7 +83,7 @@ struct Retry {
 #[derive(Debug)]
 pub(crate) struct Served {
     id: MemoryId,
-    uffd: Userfaultfd,
+    uffd: Arc<Userfaultfd>,
     engine: Engine<SharedWords>,
     messages: Messages,
     /// Faults read and not yet served.
@@ -103,6 +105,8 @@ pub(crate) struct Served {
     woken: Option<Waiter>,
     /// Who is to be woken together with others.
     asleep: Option<Asleep>,
+    /// What others who install pages know, if there are any.
+    shared: Option<Arc<Shared>>,
 }
 
 /// What has been said once and need not be said for every page.
@@ -129,7 +133,7 @@ impl Served {
         source.visit_zero_ranges(&mut |range| engine.known_zero(range));
         Self {
             id,
-            uffd,
+            uffd: Arc::new(uffd),
             engine,
             messages: Messages::new(),
             faults: VecDeque::new(),
@@ -143,6 +147,7 @@ impl Served {
             complained: Complaints::default(),
             woken: None,
             asleep: None,
+            shared: None,
         }
     }
 
@@ -256,8 +261,38 @@ impl Served {
         Ok(due)
     }
 
+    /// Lets others install pages too.
+    pub(crate) fn share(&mut self) -> Arc<Shared> {
+        let shared = self.shared.get_or_insert_with(|| {
+            Arc::new(Shared::new(self.engine.pages().clone(), self.uffd.clone()))
+        });
+        shared.clone()
+    }
+
+    /// Tells others who install pages that this memory is served no longer.
+    pub(crate) fn stop_sharing(&mut self) {
+        if let Some(shared) = self.shared.take() {
+            shared.end(Serving::Ended);
+        }
+    }
+
+    /// Brings a page that another installer has claimed and cannot bring.
+    pub(crate) fn bring(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
+        self.engine.released(run);
+        self.engine.demanded();
+        let since = Instant::now();
+        for page in run.pages() {
+            self.counters.faults += 1;
+            let plan = self.engine.plan(page);
+            self.carry_out(plan, since, reads)?;
+        }
+        Ok(())
+    }
+
     /// Reads one batch: removals are applied at once, faults queued.
     fn read_events(&mut self) -> Result<(), Lost> {
+        let shared = self.shared.clone();
+        let _gate = shared.as_ref().map(|shared| shared.applying());
         self.uffd
             .read(&mut self.messages)
             .map_err(|e| Lost::Failed(format!("reading the userfaultfd: {e}")))?;
@@ -326,10 +361,14 @@ impl Served {
     /// page must not hold up the warm ones that are read along with it.
     fn join(&mut self, waiter: Waiter, reads: &mut Reads) -> Result<(), Lost> {
         self.counters.joined += 1;
+        if !reads.covers(self.id, waiter.page) {
+            // An installer beside us is at it: its install wakes the waiter.
+            return Ok(());
+        }
         let one = PageRun::new(waiter.page, 1);
         let (_, range) = self.engine.slots().locate(one);
         if let Ok(Some(data)) = at_hand(&mut *reads.reader, range) {
-            let end = self.put(one, Put::Bytes(address_of(data)))?;
+            let end = self.put(one, Put::Bytes(data.address()))?;
             if end.rest.is_none() {
                 self.count_installed(one, Some(waiter), end.pages);
                 self.stalled(waiter);
@@ -347,7 +386,7 @@ impl Served {
         let (_, range) = self.engine.slots().locate(run);
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
-                let src = address_of(data);
+                let src = data.address();
                 return self.install_demanded(run, src, waiter, reads);
             }
             Ok(None) if run.count > 1 => {
@@ -355,7 +394,7 @@ impl Served {
                 let one = PageRun::new(waiter.page, 1);
                 let (_, range) = self.engine.slots().locate(one);
                 if let Ok(Some(data)) = at_hand(&mut *reads.reader, range) {
-                    let src = address_of(data);
+                    let src = data.address();
                     self.engine.released(PageRun::new(run.first, one.first - run.first));
                     self.engine.released(PageRun::new(one.end(), run.end() - one.end()));
                     return self.install_demanded(one, src, waiter, reads);
@@ -404,13 +443,4 @@ fn at_hand(
     let whole = |data: &PageData<'_>| data.len() as u64 == range.len;
     debug_assert!(data.as_ref().is_none_or(whole), "readers return whole ranges");
     Ok(data.filter(whole))
-}
-
-/// Where the kernel finds the bytes. They stay put until the reader's next
-/// call, which comes after the install.
-fn address_of(data: PageData<'_>) -> usize {
-    match data {
-        PageData::Bytes(bytes) => bytes.as_ptr() as usize,
-        PageData::Mapped { addr, .. } => addr,
-    }
 }

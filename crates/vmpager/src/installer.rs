@@ -1,0 +1,184 @@
+//! Pages installed by the thread that misses them, without a handoff: for
+//! vCPU threads whose KVM_RUN returns on a missing page instead of waiting in
+//! the kernel.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use vmpager_core::{ByteRange, Content, Hva, PageData, PageReader, PageRun, PageSize};
+use vmpager_sys::uffd::Stop;
+
+use crate::reads::MemoryId;
+use crate::shared::{Serving, Shared};
+use crate::worker::{Command, Teller};
+
+/// What came of asking for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// It was in place, as far as is known: somebody has just installed it, or
+    /// it was given back since. Touch it again; if it is still missing, let the
+    /// userfaultfd deliver the fault.
+    Present,
+    /// It is in place now.
+    Installed,
+    /// It is being fetched: wait for it ([`Installer::wait`]), or do something
+    /// else meanwhile and ask again.
+    Waiting,
+    /// It cannot be had (I3).
+    Poisoned,
+    /// The memory is complete and no longer registered with a userfaultfd: no
+    /// page is missing, and pages nobody installed are the kernel's zeroes.
+    Filled,
+    /// The pager has ended before the memory was complete.
+    Ended,
+    /// No region of the pager is there.
+    Outside,
+}
+
+/// One thread's way to install pages of a [`Pager`](crate::Pager)'s memory by
+/// itself.
+///
+/// A page whose bytes are at hand is read and installed by the calling thread;
+/// any other is handed to the pager's worker. However many threads ask for a
+/// page, it is fetched once (I2).
+#[derive(Debug)]
+pub struct Installer {
+    shared: Arc<Shared>,
+    reader: Box<dyn PageReader>,
+    worker: Teller,
+    memory: MemoryId,
+}
+
+impl Installer {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        reader: Box<dyn PageReader>,
+        worker: Teller,
+        memory: MemoryId,
+    ) -> Self {
+        Self { shared, reader, worker, memory }
+    }
+
+    /// Whether a page is known to be in place. Asks nobody, takes no lock.
+    pub fn is_present(&self, hva: Hva) -> bool {
+        let pages = &self.shared.pages;
+        pages.slots().page_at(hva).is_some_and(|page| pages.map().is_present(page))
+    }
+
+    /// Brings the page at `hva`, if it can be had at once.
+    pub fn resolve(&mut self, hva: Hva) -> Resolution {
+        match self.shared.serving() {
+            Serving::Yes => {}
+            Serving::Filled => return Resolution::Filled,
+            Serving::Ended => return Resolution::Ended,
+        }
+        let pages = self.shared.pages.clone();
+        let Some(page) = pages.slots().page_at(hva) else { return Resolution::Outside };
+        loop {
+            if pages.map().is_present(page) {
+                return Resolution::Present;
+            }
+            match pages.map().content(page) {
+                Content::Source if pages.map().claim_up(page, 1) == 1 => return self.fetch(page),
+                // Somebody else was faster: look again.
+                Content::Source => {}
+                Content::Claimed => return Resolution::Waiting,
+                Content::Zero => return self.zero(page),
+                Content::Poisoned => return Resolution::Poisoned,
+            }
+        }
+    }
+
+    /// Waits for a page that is being fetched, until `until` at the latest.
+    /// False if it is still being fetched then.
+    pub fn wait(&self, hva: Hva, until: Instant) -> bool {
+        match self.shared.pages.slots().page_at(hva) {
+            Some(page) => self.shared.wait(page, until),
+            None => true,
+        }
+    }
+
+    /// Installs a page this thread has claimed, or leaves it to the worker.
+    fn fetch(&mut self, page: u64) -> Resolution {
+        let run = PageRun::new(page, 1);
+        let (hva, range) = self.shared.pages.slots().locate(run);
+        let whole = |data: &PageData<'_>| data.len() as u64 == range.len;
+        match self.reader.try_read(range).map(|data| data.filter(whole)) {
+            Ok(Some(data)) => {
+                let src = data.address();
+                self.install(run, hva, range, src)
+            }
+            // An error is met again, told and dealt with by the worker.
+            Ok(None) | Err(_) => self.hand_over(run),
+        }
+    }
+
+    fn install(&self, run: PageRun, hva: Hva, range: ByteRange, src: usize) -> Resolution {
+        {
+            let _gate = self.shared.installing();
+            // Else it was given back meanwhile.
+            if self.shared.pages.still_claimed(run).next() == Some(run) {
+                match self.shared.uffd.copy(hva.0, src, range.len).stop {
+                    None => return self.installed(run, Resolution::Installed),
+                    Some(Stop::Present) if is_base(range) => {
+                        return self.found_present(run, hva, range);
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        self.hand_over(run)
+    }
+
+    /// Says that a page is in place, within the gate.
+    fn installed(&self, run: PageRun, what: Resolution) -> Resolution {
+        let pages = &self.shared.pages;
+        pages.installed(run);
+        self.shared.changed();
+        if pages.outstanding() == 0 {
+            // A worker that fills waits for just this.
+            self.worker.nudge();
+        }
+        what
+    }
+
+    /// Somebody else installed it. Their wake may have come before a thread
+    /// slept: wake once more (trap 4).
+    fn found_present(&self, run: PageRun, hva: Hva, range: ByteRange) -> Resolution {
+        // Fails only where nobody can wait either: the range is gone.
+        let _ = self.shared.uffd.wake(hva.0, range.len);
+        self.installed(run, Resolution::Present)
+    }
+
+    /// Installs zeroes where the memory holds nothing else.
+    fn zero(&self, page: u64) -> Resolution {
+        let run = PageRun::new(page, 1);
+        let (hva, range) = self.shared.pages.slots().locate(run);
+        let zeroes = crate::served::zeroes();
+        {
+            let _gate = self.shared.installing();
+            match self.shared.uffd.copy(hva.0, zeroes.as_ptr() as usize, range.len).stop {
+                None => return self.installed(run, Resolution::Installed),
+                Some(Stop::Present) if is_base(range) => {
+                    return self.found_present(run, hva, range);
+                }
+                Some(_) => {}
+            }
+        }
+        self.hand_over(run)
+    }
+
+    /// Lets the worker bring a page, which knows what to do about whatever is
+    /// in the way.
+    fn hand_over(&self, run: PageRun) -> Resolution {
+        match self.worker.tell(Command::Bring(self.memory, run)) {
+            true => Resolution::Waiting,
+            false => Resolution::Ended,
+        }
+    }
+}
+
+/// For huge pages, "present" is ambiguous: the pool may be empty.
+fn is_base(range: ByteRange) -> bool {
+    range.len == PageSize::Size4K.bytes()
+}

@@ -1,0 +1,118 @@
+//! What a worker shares with the threads that install pages beside it
+//! ([`Installer`](crate::installer::Installer)): the pages, the userfaultfd,
+//! a gate for removals, and a way to wait.
+
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
+use std::time::Instant;
+
+use vmpager_core::{Content, Pages};
+use vmpager_sys::shared::SharedWords;
+use vmpager_sys::uffd::Userfaultfd;
+
+/// Whether a memory is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Serving {
+    Yes,
+    /// No longer: all of it is in place, and registered no more.
+    Filled,
+    /// No longer, and some of it may be missing for ever.
+    Ended,
+}
+
+/// One memory, as its worker and its installers see it.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) pages: Arc<Pages<SharedWords>>,
+    pub(crate) uffd: Arc<Userfaultfd>,
+    /// See [`vmpager_core::pages`].
+    gate: RwLock<()>,
+    /// A [`Serving`].
+    serving: AtomicU8,
+    waiters: AtomicU32,
+    sleep: Mutex<()>,
+    changed: Condvar,
+}
+
+impl Shared {
+    pub(crate) fn new(pages: Arc<Pages<SharedWords>>, uffd: Arc<Userfaultfd>) -> Self {
+        Self {
+            pages,
+            uffd,
+            gate: RwLock::new(()),
+            serving: AtomicU8::new(Serving::Yes as u8),
+            waiters: AtomicU32::new(0),
+            sleep: Mutex::new(()),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Held from the look at a claim to the end of the install.
+    pub(crate) fn installing(&self) -> RwLockReadGuard<'_, ()> {
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held from before events are read until they are applied.
+    pub(crate) fn applying(&self) -> RwLockWriteGuard<'_, ()> {
+        self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn serving(&self) -> Serving {
+        match self.serving.load(Ordering::Acquire) {
+            0 => Serving::Yes,
+            1 => Serving::Filled,
+            _ => Serving::Ended,
+        }
+    }
+
+    pub(crate) fn end(&self, serving: Serving) {
+        self.serving.store(serving as u8, Ordering::Release);
+        self.changed();
+    }
+
+    /// Pages changed their state: whoever waits shall look again.
+    pub(crate) fn changed(&self) {
+        // Pairs with the fence in `wait`: either this sees the waiter, or the
+        // waiter sees the change.
+        fence(Ordering::SeqCst);
+        if self.waiters.load(Ordering::Relaxed) > 0 {
+            drop(self.locked());
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until a page is no longer being fetched, or `until`. False if it
+    /// still is.
+    pub(crate) fn wait(&self, page: u64, until: Instant) -> bool {
+        self.waiters.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let mut guard = self.locked();
+        let settled = loop {
+            if self.is_settled(page) {
+                break true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break false;
+            }
+            let woken = self.changed.wait_timeout(guard, left);
+            guard = woken.unwrap_or_else(PoisonError::into_inner).0;
+        };
+        self.waiters.fetch_sub(1, Ordering::Relaxed);
+        settled
+    }
+
+    fn locked(&self) -> MutexGuard<'_, ()> {
+        self.sleep.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether asking for the page again may have another answer.
+    pub(crate) fn is_settled(&self, page: u64) -> bool {
+        let map = self.pages.map();
+        map.is_present(page)
+            || map.content(page) != Content::Claimed
+            || self.serving() != Serving::Yes
+    }
+}
