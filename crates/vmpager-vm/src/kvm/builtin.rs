@@ -39,6 +39,11 @@ impl Builtin {
         Ok(Self(machine))
     }
 
+    #[cfg(test)]
+    pub(super) fn vcpus(&mut self) -> &mut [Vcpu] {
+        &mut self.0.vcpus
+    }
+
     /// Runs one round of the program on every vCPU, each on a thread of its own.
     pub(crate) fn run(&mut self) -> Result<Vec<Round>, VmError> {
         if let [only] = &mut self.0.vcpus[..] {

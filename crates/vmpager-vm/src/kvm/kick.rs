@@ -101,3 +101,61 @@ fn handle_signal() -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use super::super::{Answer, Builtin, Parts, Stopped};
+    use super::*;
+    use crate::error::VmError;
+    use crate::layout::Layout;
+    use crate::memory::{GuestMemory, Memslot};
+
+    /// A guest that never leaves by itself: `jmp $`, in ring 3.
+    fn spinning(vcpus: u64) -> Option<Builtin> {
+        let layout = Layout::new(4 << 20, vcpus).unwrap();
+        let mapping = Mapping::anonymous(4 << 20).unwrap();
+        for (page, bytes) in layout.fixed_pages(&[0xeb, 0xfe]).iter().enumerate() {
+            mapping.write(page * PAGE_BYTES, bytes);
+        }
+        let memory = GuestMemory::new(Arc::new(mapping), Memslot::flat(4 << 20));
+        let parts = Parts { memory: &memory, device: None, vcpus, irqchip: false };
+        match Builtin::new(&parts, &layout, None) {
+            Ok(guest) => Some(guest),
+            Err(VmError::NoKvm(error)) => {
+                vmpager_testing::skipped(&format!("no /dev/kvm ({error})"));
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Kicked on the way in, inside, and again: it stops each time, and runs in
+    /// between.
+    #[test]
+    fn a_kick_stops_a_vcpu_wherever_it_is() {
+        let Some(mut guest) = spinning(1) else { return };
+        let vcpu = &mut guest.vcpus()[0];
+        let kick = vcpu.kick().clone();
+        for delay in [0, 0, 1, 50, 3000, 0, 100, 20_000].map(Duration::from_micros) {
+            let kicker = std::thread::spawn({
+                let kick = kick.clone();
+                move || {
+                    std::thread::sleep(delay);
+                    kick.stop();
+                }
+            });
+            let since = Instant::now();
+            let stopped = vcpu.run(|exit| Answer::<()>::Unexpected(format!("{exit:?}")));
+            assert!(matches!(stopped, Ok(Stopped::Kicked)), "{stopped:?}");
+            assert!(since.elapsed() >= delay.mul_f32(0.5) && since.elapsed().as_secs() < 5);
+            kicker.join().unwrap();
+            // Stopped it stays.
+            let stopped = vcpu.run(|exit| Answer::<()>::Unexpected(format!("{exit:?}")));
+            assert!(matches!(stopped, Ok(Stopped::Kicked)), "{stopped:?}");
+            kick.clear();
+        }
+    }
+}
