@@ -1,13 +1,17 @@
-//! vmpager's reference microVM: a small guest whose every page is known, to
-//! restore, touch, time and verify.
+//! vmpager's reference microVM: one machine on KVM, for two guests.
 //!
-//! A [`Vm`] is built from a seed, prepared (the guest computes the checksum of
-//! every page of its memory), saved to a [`Snapshot`], and restored with its
-//! memory read at once, mapped, or left to a pager. The restored guest then
-//! runs a [`Workload`]: it touches pages in an order of the caller's choice,
-//! times each first access, and verifies each page against the checksum it
-//! computed itself. The vCPUs are KVM's, or host threads where there is no
-//! KVM.
+//! A [`LinuxVm`] boots Linux, from a kernel to a console and power off. It is
+//! saved to a [`Snapshot`] while it runs, and any number of VMs come back from
+//! that one, their memory read at once, mapped, or left to a pager in this
+//! process or another.
+//!
+//! A [`Vm`] runs the built-in guest, whose every page is known, to touch, time
+//! and verify it; also on hosts that cannot boot Linux, and by host threads where
+//! there is no KVM. It is built from a seed, prepared (the guest computes the
+//! checksum of every page of its memory), saved, and restored in the same ways.
+//! The restored guest then runs a [`Workload`]: it touches pages in an order of
+//! the caller's choice, times each first access, and verifies each page against
+//! the checksum it computed itself.
 //!
 //! ```no_run
 //! use std::time::Instant;
