@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -31,6 +31,18 @@ const WAIT_FOR_KEY: &[u8] = &[
 ];
 /// Prints the byte.
 const ECHO: &[u8] = &[0x66, 0xba, 0xf8, 0x03, 0xec, 0xee];
+/// Reads a byte, keeps it in memory at 2 MiB and in bl, and prints it.
+const REMEMBER: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, 0xec, // mov dx, 0x3f8; in al, dx
+    0xa2, 0x00, 0x00, 0x20, 0, 0, 0, 0, 0, // mov [0x200000], al
+    0x88, 0xc3, 0xee, // mov bl, al; out dx, al
+];
+/// Prints the byte in memory, then that in bl.
+const RECALL: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xa0, 0x00, 0x00, 0x20, 0, 0, 0, 0, 0, 0xee, // mov al, [0x200000]; out dx, al
+    0x88, 0xd8, 0xee, // mov al, bl; out dx, al
+];
 /// Sleep type 5, by ACPI.
 const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef];
 const PVPANIC: &[u8] = &[0x66, 0xba, 0x05, 0x05, 0xb0, 0x01, 0xee];
@@ -69,9 +81,18 @@ fn has_kvm() -> bool {
     }
 }
 
+fn has_userfaultfd() -> bool {
+    let has = vmpager_sys::probe::host().userfaultfd.kernel_mode();
+    if !has {
+        vmpager_testing::skipped("no userfaultfd for kernel-mode faults");
+    }
+    has
+}
+
 fn start(args: &[&str]) -> Child {
-    Command::new(VMPAGER)
-        .arg("vm")
+    // A guest whose end does not come must not outlive its test.
+    Command::new("timeout")
+        .args(["60", VMPAGER, "vm"])
         .args(args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -91,7 +112,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn error(args: &[&str]) -> String {
+fn failure(args: &[&str]) -> String {
     let output = vm(args);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     text(&output.stderr)
@@ -139,22 +160,25 @@ fn standard_input_reaches_the_guest() {
     assert_eq!((output.status.code(), &output.stdout[..]), (Some(0), &b"\x01x"[..]));
 }
 
-/// A VM with a control socket, whose guest ends when it gets a key.
+/// A VM with a control socket. Its guest has got a `k`; at the next key it says
+/// what that was, and ends.
 struct Controlled {
     child: Child,
     socket: String,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 fn controlled() -> Controlled {
     let dir = TempDir::new().unwrap();
-    let kernel = kernel(&dir, &[SAY_HI, WAIT_FOR_KEY, POWER_OFF]);
+    let kernel = kernel(&dir, &[SAY_HI, WAIT_FOR_KEY, REMEMBER, WAIT_FOR_KEY, RECALL, POWER_OFF]);
     let socket = dir.path().join("vm.sock").to_string_lossy().into_owned();
-    let mut child = start(&["run", "--kernel", &kernel, "--memory", "16M", "--control", &socket]);
-    let mut said = [0; 3];
-    child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
-    assert_eq!(&said, b"hi\n", "it runs");
-    Controlled { child, socket, _dir: dir }
+    let child = start(&["run", "--kernel", &kernel, "--memory", "16M", "--control", &socket]);
+    let mut vm = Controlled { child, socket, dir };
+    vm.press(b'k');
+    let mut said = [0; 4];
+    vm.child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"hi\nk", "it runs, and keeps the key");
+    vm
 }
 
 impl Controlled {
@@ -176,8 +200,25 @@ impl Controlled {
         line
     }
 
-    fn press_key(&mut self) {
-        self.child.stdin.as_mut().unwrap().write_all(b"q").unwrap();
+    fn press(&mut self, key: u8) {
+        self.child.stdin.as_mut().unwrap().write_all(&[key]).unwrap();
+    }
+
+    /// Saves it, and gives the arguments that name its files.
+    fn snapshot(&self, more: &[&str]) -> [String; 4] {
+        let path = |name: &str| self.dir.path().join(name).to_string_lossy().into_owned();
+        let (state, memory) = (path("state"), path("memory"));
+        let files = ["--state", &state, "--memory", &memory].map(str::to_owned);
+        let files_given = files.iter().map(String::as_str);
+        let args = ["snapshot", "--json", "--control", &self.socket].into_iter();
+        let args: Vec<_> = args.chain(files_given).chain(more.iter().copied()).collect();
+        let output = vm(&args);
+        assert!(output.status.success(), "{output:?}");
+        let saved: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(saved["state"], state.as_str());
+        assert_eq!(saved["memory_bytes"], 16 << 20);
+        assert_eq!(fs::metadata(&memory).unwrap().len(), 16 << 20);
+        files
     }
 
     fn end(mut self) -> Output {
@@ -199,7 +240,7 @@ fn a_vm_is_paused_resumed_and_ended_by_its_socket() {
     for _ in 0..2 {
         assert_eq!(vm.ask("pause"), "paused");
     }
-    vm.press_key();
+    vm.press(b'q');
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(vm.ask("status"), "paused", "it would have ended had it run");
     assert_eq!(vm.ask("resume"), "running");
@@ -212,6 +253,113 @@ fn a_vm_is_paused_resumed_and_ended_by_its_socket() {
     let output = vm.end();
     assert_eq!(output.status.code(), Some(0));
     assert!(text(&output.stderr).contains("ended by its user"), "{output:?}");
+}
+
+/// Restores, presses a key, and waits for the end.
+fn restore(files: &[String; 4], mode: &[&str]) -> Child {
+    let files = files.iter().map(String::as_str);
+    let args: Vec<_> = ["restore"].into_iter().chain(files).chain(mode.iter().copied()).collect();
+    let mut child = start(&args);
+    child.stdin.as_mut().unwrap().write_all(b"q").unwrap();
+    child
+}
+
+#[test]
+fn a_saved_vm_runs_on_in_every_way_and_more_than_once() {
+    if !has_kvm() {
+        return;
+    }
+    let mut vm = controlled();
+    let files = vm.snapshot(&[]);
+    assert_eq!(vm.ask("status"), "running", "as before");
+    vm.press(b'q');
+    let output = vm.child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "kk".to_owned()));
+
+    let mut modes = vec![&["--memory-mode", "eager"][..], &["--memory-mode", "mmap"]];
+    let on_demand = ["--memory-mode", "on-demand", "--background-fill"];
+    if has_userfaultfd() {
+        modes.extend([&on_demand[..2], &on_demand[..]]);
+    }
+    // All at once.
+    let restored: Vec<_> = modes.iter().map(|mode| restore(&files, mode)).collect();
+    for (child, mode) in restored.into_iter().zip(modes) {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{mode:?}: {output:?}");
+        // From memory, and from the register.
+        assert_eq!(text(&output.stdout), "kk", "{mode:?}");
+    }
+    // And the files are what is looked at.
+    let mut memory = fs::File::options().write(true).open(&files[3]).unwrap();
+    memory.seek(SeekFrom::Start(2 << 20)).unwrap();
+    memory.write_all(b"X").unwrap();
+    let output = restore(&files, &["--memory-mode", "mmap"]).wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout), "Xk");
+}
+
+#[test]
+fn a_daemon_brings_the_memory_of_a_restored_vm() {
+    if !has_kvm() || !has_userfaultfd() {
+        return;
+    }
+    let vm = controlled();
+    let files = vm.snapshot(&["--stop"]);
+    let pager = vm.dir.path().join("pager.sock").to_string_lossy().into_owned();
+    let mut daemon = Command::new(VMPAGER)
+        .args(["serve", "--once", "--socket", &pager, "--memory", &files[3]])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    while !Path::new(&pager).exists() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let output = restore(&files, &["--pager", &pager]).wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "kk".to_owned()));
+    assert!(daemon.wait().unwrap().success());
+    let output = vm.child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "it was to stop: {output:?}");
+}
+
+#[test]
+fn snapshots_that_cannot_be_restored_are_refused_by_name() {
+    if !has_kvm() {
+        return;
+    }
+    let vm = controlled();
+    let [_, state, _, memory] = vm.snapshot(&[]);
+    let good = fs::read(&state).unwrap();
+    let (broken, short, missing) = (format!("{state}.b"), format!("{memory}.s"), "/no/such");
+    fs::write(&short, [0; 4096]).unwrap();
+    let refused = |state: &str, memory: &str, more: &[&str]| {
+        failure(&[&["restore", "--state", state, "--memory", memory], more].concat())
+    };
+    for position in [0, good.len() / 2, good.len() - 2] {
+        let mut bytes = good.clone();
+        bytes[position] ^= 4;
+        fs::write(&broken, &bytes).unwrap();
+        let error = refused(&broken, &memory, &[]);
+        assert!(error.contains(&broken), "{error}");
+    }
+    // The last byte is a newline, which nobody misses.
+    fs::write(&broken, &good[..good.len() - 2]).unwrap();
+    assert!(refused(&broken, &memory, &[]).contains(&broken));
+    assert!(refused(missing, &memory, &[]).contains(missing));
+    assert!(refused(&state, missing, &[]).contains(missing));
+    let error = refused(&state, &short, &[]);
+    assert!(error.contains(&short) && error.contains("4096"), "{error}");
+    let eager = &["--memory-mode", "eager"][..];
+    let error = refused(&state, &memory, &[eager, &["--pager", missing]].concat());
+    assert!(error.contains("on-demand"), "{error}");
+    // The VM that cannot be saved runs on.
+    let nowhere = ["--state", "/no/such/dir/state", "--memory", "/no/such/dir/memory"];
+    for stop in [&[][..], &["--stop"]] {
+        let args = [&["snapshot", "--control", &vm.socket], &nowhere[..], stop].concat();
+        assert!(failure(&args).contains("/no/such/dir/memory"));
+        assert_eq!(vm.ask("status"), "running");
+    }
+    vm.ask("quit");
+    vm.end();
 }
 
 #[test]
@@ -275,10 +423,10 @@ fn what_cannot_boot_is_refused_by_name_and_remedy() {
         (&["--kernel", &good, "--control", &text], "no socket"),
         (&["--guest", "builtin", "--memory", "1234567"], "memory_bytes 1234567"),
     ] {
-        let error = error(&[&["run"], args].concat());
+        let error = failure(&[&["run"], args].concat());
         assert!(error.starts_with("error: ") && error.contains(why), "{why}: {error}");
     }
-    let error = error(&["status", "--control", &missing]);
+    let error = failure(&["status", "--control", &missing]);
     assert!(error.contains("is a VM running"), "{error}");
     // What a refused command was to leave behind is not there.
     let socket = dir.path().join("s").to_string_lossy().into_owned();
@@ -297,7 +445,7 @@ fn wrong_usage_exits_with_2_and_help_teaches() {
     ] {
         assert_eq!(vm(args).status.code(), Some(2), "{args:?}");
     }
-    for command in ["run", "pause", "resume", "status", "quit"] {
+    for command in ["run", "snapshot", "restore", "pause", "resume", "status", "quit"] {
         let output = vm(&[command, "--help"]);
         let help = text(&output.stdout);
         assert!(output.status.success() && help.contains("Example"), "{command}: {help}");

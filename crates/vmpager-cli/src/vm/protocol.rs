@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! {"command":"status"}       also: pause, resume, quit
+//! {"command":"snapshot","state":"/abs/state","memory":"/abs/memory","stop":false}
 //!
 //! {"ok":{"state":"running","vcpus":2,"memory_bytes":268435456}}
 //! {"error":"what went wrong, and what to do"}
@@ -10,7 +11,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -28,6 +29,15 @@ pub(super) enum Request {
     Resume,
     /// To end.
     Quit,
+    /// To save itself. It runs on as before unless `stop` is set.
+    Snapshot {
+        /// Absolute: the VM may have been started in another directory.
+        state: PathBuf,
+        memory: PathBuf,
+        /// Whether it ends once it is saved.
+        #[serde(default)]
+        stop: bool,
+    },
 }
 
 /// What it answers.
@@ -134,6 +144,9 @@ mod tests {
 
     #[test]
     fn requests_are_what_the_page_says() {
+        let line = b"{\"command\":\"snapshot\",\"state\":\"/s\",\"memory\":\"/m\"}\n";
+        let (state, memory) = ("/s".into(), "/m".into());
+        assert_eq!(received(line).unwrap(), Request::Snapshot { state, memory, stop: false });
         for (name, request) in [
             ("status", Request::Status),
             ("pause", Request::Pause),
@@ -157,6 +170,7 @@ mod tests {
             (b"{\"command\":\"quit\"}", "no newline"),
             (b"quit\n", "not a request"),
             (b"{\"command\":\"explode\"}\n", "explode"),
+            (b"{\"command\":\"snapshot\",\"state\":\"/s\"}\n", "memory"),
             (&[b' '; 20_000], "16384 bytes"),
         ] {
             let error = format!("{:#}", received(bytes).unwrap_err());

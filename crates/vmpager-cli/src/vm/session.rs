@@ -3,13 +3,14 @@
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
-use vmpager_vm::LinuxVm;
+use vmpager_vm::{LinuxVm, SnapshotPaths};
 
 use super::control::ControlSocket;
 use super::outcome::{Ended, RunSummary, since};
@@ -86,7 +87,7 @@ impl Session {
         let Some(control) = &self.control else { return false };
         let (vm, vcpus, mut ends) = (&mut self.vm, self.vcpus, false);
         control.serve(|request| {
-            ends = matches!(request, Request::Quit);
+            ends = matches!(request, Request::Quit | Request::Snapshot { stop: true, .. });
             match carry_out(vm, &request) {
                 Ok(()) => Reply::Ok(status(vm, vcpus, ends)),
                 Err(error) => {
@@ -107,7 +108,28 @@ fn carry_out(vm: &mut LinuxVm, request: &Request) -> anyhow::Result<()> {
             Ok(())
         }
         Request::Resume => Ok(vm.resume()?),
+        Request::Snapshot { state, memory, stop } => snapshot(vm, state, memory, *stop),
     }
+}
+
+/// Saves the VM, which then runs on if it ran, unless it is to stop. One that
+/// cannot be saved runs on in any case.
+fn snapshot(vm: &mut LinuxVm, state: &Path, memory: &Path, stop: bool) -> anyhow::Result<()> {
+    for path in [state, memory] {
+        if !path.is_absolute() {
+            bail!("{} is no absolute path, and the VM may run elsewhere", path.display());
+        }
+    }
+    let paths = SnapshotPaths { state: state.to_owned(), memory: memory.to_owned() };
+    let was_running = vm.is_running();
+    if stop {
+        vm.pause();
+    }
+    let saved = vm.snapshot(&paths).map(drop).context("the VM could not be saved");
+    if stop && was_running && saved.is_err() {
+        vm.resume()?;
+    }
+    saved
 }
 
 fn status(vm: &LinuxVm, vcpus: u64, ends: bool) -> VmStatus {

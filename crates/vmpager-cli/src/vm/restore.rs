@@ -1,0 +1,94 @@
+//! `vmpager vm restore`: a saved VM runs on.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::bail;
+use clap::ValueEnum;
+use vmpager_vm::{LinuxVm, RestoreMemory, Snapshot, SnapshotPaths};
+
+use super::control::ControlSocket;
+use super::outcome::{EXIT_STATUS, since};
+use super::session::{self, Session};
+
+/// Options of `vmpager vm restore`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = format!("Examples:\n  \
+    vmpager vm restore --state vm.state --memory vm.mem --memory-mode on-demand\n\n  \
+    vmpager serve --socket pager.sock --memory vm.mem --background-fill &\n  \
+    vmpager vm restore --state vm.state --memory vm.mem \\\n    \
+    --memory-mode on-demand --pager pager.sock\n\n\
+    One snapshot can be restored any number of times at once; its files must not\n\
+    change meanwhile. Console and keyboard are as with `vm run`.\n\n\
+    {EXIT_STATUS}"))]
+pub(crate) struct RestoreArgs {
+    /// The state file of the snapshot.
+    #[arg(long, value_name = "FILE")]
+    state: PathBuf,
+    /// Its memory file.
+    #[arg(long, value_name = "FILE")]
+    memory: PathBuf,
+    /// How memory comes back.
+    #[arg(long, value_enum, default_value_t = MemoryMode::OnDemand)]
+    memory_mode: MemoryMode,
+    /// Hand absent memory to the pager that listens here (`vmpager serve`);
+    /// without it, this process brings it.
+    #[arg(long, value_name = "SOCKET")]
+    pager: Option<PathBuf>,
+    /// While nobody waits, bring in memory that was not touched; a pager has a
+    /// switch of its own for that.
+    #[arg(long, conflicts_with = "pager")]
+    background_fill: bool,
+    /// Have guest memory in huge pages of 2 MiB.
+    #[arg(long, requires = "pager")]
+    huge_pages: bool,
+    /// Listen here for `vm snapshot`, pause, resume, status and quit.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+    /// Print one JSON object when the guest has ended.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How memory comes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum MemoryMode {
+    /// All of it is read before the guest runs.
+    Eager,
+    /// The file is mapped, privately.
+    Mmap,
+    /// Each page comes when it is first touched, or just before.
+    OnDemand,
+}
+
+pub(super) fn run(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let from = restore_memory(args)?;
+    let control = args.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let paths = SnapshotPaths { state: args.state.clone(), memory: args.memory.clone() };
+    let snapshot = Snapshot::open(&paths)?;
+    let vm = LinuxVm::restore(&snapshot, from, session::console_output(args.json))?;
+    let vcpus = snapshot.vcpus();
+    let session = Session { vm, vcpus, control, started, made_ms: since(started) };
+    session.run()?.report(args.json)
+}
+
+fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
+    Ok(match (args.memory_mode, &args.pager) {
+        (MemoryMode::OnDemand, Some(socket)) => {
+            RestoreMemory::OnDemand { socket: socket.clone(), huge_pages: args.huge_pages }
+        }
+        (MemoryMode::OnDemand, None) => {
+            RestoreMemory::InProcess { background_fill: args.background_fill }
+        }
+        (mode, _) if args.pager.is_some() || args.background_fill => {
+            let option = if args.pager.is_some() { "--pager" } else { "--background-fill" };
+            let mode = mode.to_possible_value();
+            let mode = mode.as_ref().map_or("", |mode| mode.get_name());
+            bail!("{option} needs --memory-mode on-demand; with {mode} nothing is left to bring")
+        }
+        (MemoryMode::Eager, _) => RestoreMemory::Eager,
+        (MemoryMode::Mmap, _) => RestoreMemory::Mmap,
+    })
+}
