@@ -5,11 +5,13 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::ValueEnum;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
-use vmpager_vm::{Cpu, CpuKind, Order, RestoreMemory, Snapshot, SnapshotPaths, Vm, Workload};
+use vmpager_vm::{
+    Cpu, CpuKind, LinuxVm, Order, RestoreMemory, Snapshot, SnapshotPaths, Vm, Workload,
+};
 
 use crate::output;
 
@@ -30,6 +32,9 @@ pub(crate) struct VmProcessArgs {
     /// Pages to touch; all if absent.
     #[arg(long)]
     pub(crate) touches: Option<u64>,
+    /// How long a Linux guest runs.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) run_ms: u64,
     #[arg(long)]
     pub(crate) sequential: bool,
     #[arg(long, default_value_t = 1)]
@@ -72,7 +77,7 @@ impl From<GuestCpu> for Cpu {
 }
 
 /// What the process prints.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct VmOutcome {
     /// From the start of the process to memory being mapped, and read or
     /// handed over if that is the way.
@@ -124,6 +129,9 @@ pub(crate) fn run(args: &VmProcessArgs) -> anyhow::Result<()> {
             huge_pages: false,
         },
     };
+    if snapshot.is_linux() {
+        return run_linux(args, &snapshot, from, started);
+    }
     let mut vm = Vm::restore(&snapshot, from, args.cpu.into())?;
     let restored = started.elapsed();
     let faults = page_faults()?;
@@ -152,6 +160,33 @@ pub(crate) fn run(args: &VmProcessArgs) -> anyhow::Result<()> {
         mapped_bytes,
         host_pages: host.map_or(0, |host| host.pages),
         host_mismatches: host.map_or(0, |host| host.mismatches),
+    })
+}
+
+/// A Linux guest has no work that ends: it runs for a time.
+fn run_linux(
+    args: &VmProcessArgs,
+    snapshot: &Snapshot,
+    from: RestoreMemory,
+    started: Instant,
+) -> anyhow::Result<()> {
+    let mut vm = LinuxVm::restore(snapshot, from, Box::new(std::io::sink()))?;
+    let restored = started.elapsed();
+    let faults = page_faults()?;
+    let mapped = mapped_file_bytes()?;
+    vm.resume()?;
+    if let Some(end) = vm.wait(Duration::from_millis(args.run_ms))? {
+        bail!("the restored guest ended within {} ms: {end:?}", args.run_ms);
+    }
+    let first = vm.entered().context("no vCPU entered the guest; allow it more --run-ms")?;
+    let mapped_bytes = mapped_file_bytes()?.saturating_sub(mapped);
+    output::json(&VmOutcome {
+        restored_ms: millis(restored),
+        first_instruction_ms: millis(first.saturating_duration_since(started)),
+        workload_ms: millis(started.elapsed()),
+        faults: page_faults()? - faults,
+        mapped_bytes,
+        ..VmOutcome::default()
     })
 }
 

@@ -145,3 +145,43 @@ fn bench_restore_compares_with_mmap_and_the_naive_handler() {
     };
     assert!(faults("on-demand") < faults("naive") / 2.0, "prefetch saved no faults");
 }
+
+#[test]
+fn bench_restore_measures_several_sizes_of_sparse_memory() {
+    let args = ["bench", "restore", "--memory", "16M,2G", "--filled", "4M", "--rounds", "1"];
+    let rest = ["--cache", "warm", "--modes", "mmap,on-demand", "--json"];
+    let Some(report) = json(&[&args[..], &rest].concat()) else { return };
+    let rows = report["rows"].as_array().unwrap();
+    let sizes: Vec<u64> = rows.iter().map(|row| row["memory_bytes"].as_u64().unwrap()).collect();
+    assert_eq!(sizes, [16 << 20, 16 << 20, 2 << 30, 2 << 30]);
+    assert_eq!(report["touches"], 1024, "as many as there are");
+    assert!(rows.iter().all(|row| row["first_instruction_ms"].as_f64().unwrap() > 0.0));
+}
+
+#[test]
+fn bench_restore_takes_a_linux_guests_memory_where_linux_cannot_run() {
+    if vmpager_kvm::probe::kvm().is_ok_and(|kvm| kvm.boots_linux()) {
+        vmpager_testing::skipped("Linux guests run here, and are restored as such");
+        return;
+    }
+    let dir = tempfile::TempDir::new().unwrap();
+    let (state, memory) = (dir.path().join("state"), dir.path().join("memory"));
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/corpus/state_file/linux-file");
+    std::fs::write(&state, &std::fs::read(corpus).unwrap()[1..]).unwrap();
+    let bytes = b"a page of a kernel".repeat(100_000);
+    std::fs::write(&memory, bytes).unwrap();
+    let args =
+        ["bench", "restore", "--rounds", "1", "--cache", "warm", "--modes", "mmap,on-demand"];
+    let given = ["--state", state.to_str().unwrap(), "--memory-file", memory.to_str().unwrap()];
+
+    let output = Command::new(VMPAGER).args(args).args(given).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && error.contains("1800000 bytes"), "{error}");
+
+    std::fs::File::options().write(true).open(&memory).unwrap().set_len(64 << 20).unwrap();
+    let Some(report) = json(&[&args[..], &given, &["--json"]].concat()) else { return };
+    assert_eq!(report["touches"], 16384, "every page of it");
+    for row in report["rows"].as_array().unwrap() {
+        assert_eq!(row["guest"], "built-in, with a Linux guest's memory");
+    }
+}

@@ -41,6 +41,7 @@ const IDS: &[&str] = &[
     "kvm.device",
     "kvm.module",
     "kvm.ring0",
+    "kvm.linux",
     "kvm.paging",
     "kvm.irqchip",
     "kvm.sync_regs",

@@ -86,6 +86,12 @@ impl KvmReport {
         self.vendor == Some(Vendor::Pvm)
     }
 
+    /// Whether Linux guests can run: they need ring 0 and KVM's interrupt
+    /// controllers.
+    pub fn boots_linux(&self) -> bool {
+        self.irqchip && !self.ring0_emulated()
+    }
+
     /// Whether accesses to chosen pages of ordinary memory can be made to exit
     /// with their exact guest-physical address.
     pub fn exact_memory_faults(&self) -> bool {

@@ -18,7 +18,7 @@ use crate::device::to_usize;
 use crate::error::VmError;
 use crate::memory::GuestMemory;
 use crate::parallel::in_parallel;
-use crate::state_file::{MAX_STATE_BYTES, VmState};
+use crate::state_file::{Guest, MAX_STATE_BYTES, VmState};
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
 /// The two files of a snapshot.
@@ -92,6 +92,11 @@ impl Snapshot {
     /// Size of guest memory in bytes.
     pub fn memory_bytes(&self) -> u64 {
         self.state.memory_bytes
+    }
+
+    /// Whether its guest is Linux, not the built-in program.
+    pub fn is_linux(&self) -> bool {
+        matches!(self.state.guest, Guest::Linux(_))
     }
 
     /// Number of vCPUs.

@@ -16,7 +16,8 @@ const REAL_KVM: &str = "use a machine with kvm_intel or kvm_amd: bare metal, or 
 /// is closed to this user.
 pub(super) fn checks(kvm: &Result<KvmReport, KvmProbeError>, vendor: Option<Vendor>) -> Vec<Check> {
     let report = kvm.as_ref().ok();
-    let mut checks = vec![device(kvm), module(vendor), ring0(report), paging(report)];
+    let mut checks =
+        vec![device(kvm), module(vendor), ring0(report), linux(report), paging(report)];
     checks.extend(CAPABILITIES.iter().map(|capability| capability.check(report)));
     checks.push(max_vcpus(report));
     checks
@@ -81,17 +82,31 @@ fn ring0(kvm: Option<&KvmReport>) -> Check {
     let finding = |value: &str| found("kvm.ring0", "guest ring 0", value);
     match kvm {
         Some(kvm) if kvm.ring0_emulated() => finding("emulated").limited(
-            "Linux guests are slow or do not boot; the built-in guest is used, which works in ring 3",
+            "kernels run slowly in it; the built-in guest works in ring 3, which is native",
             REAL_KVM,
         ),
-        Some(kvm) if kvm.vendor.is_some() => {
-            finding("native").ok("Linux guests and the built-in guest run at full speed")
-        }
+        Some(kvm) if kvm.vendor.is_some() => finding("native").ok("guests run at full speed"),
         Some(_) => finding("unknown").limited(
             "Linux guests may be slow; the built-in guest, which works in ring 3, is not",
             REAL_KVM,
         ),
         None => finding("unknown").missing(NO_GUESTS, KVM_FIRST),
+    }
+}
+
+fn linux(kvm: Option<&KvmReport>) -> Check {
+    let finding = |value: &str| found("kvm.linux", "Linux guests", value);
+    let instead = "the built-in guest is used instead, and tests with Linux guests skip themselves";
+    match kvm {
+        Some(kvm) if kvm.boots_linux() => {
+            finding("boot").ok("vmpager vm run boots them, and tests use them")
+        }
+        Some(kvm) if kvm.ring0_emulated() => finding("do not boot").limited(
+            instead,
+            format!("{REAL_KVM}; or the lab, which emulates one: cargo xtask lab"),
+        ),
+        Some(_) => finding("do not boot").limited(instead, "see kvm.irqchip"),
+        None => finding("do not boot").missing(NO_GUESTS, KVM_FIRST),
     }
 }
 
@@ -327,6 +342,18 @@ mod tests {
         assert!(check.consequence.contains("built-in guest"), "{check:?}");
         assert_eq!(paging(Some(&kvm)).state, State::Limited);
         assert_eq!(ring0(Some(&report(Vendor::Intel, true))).state, State::Ok);
+    }
+
+    #[test]
+    fn it_is_said_where_linux_guests_do_not_boot_and_what_is_used_instead() {
+        let check = linux(Some(&report(Vendor::Pvm, false)));
+        assert_eq!((check.state, check.value.as_str()), (State::Limited, "do not boot"));
+        assert!(check.consequence.contains("built-in guest"), "{check:?}");
+        assert!(check.remedy.as_deref().unwrap().contains("cargo xtask lab"), "{check:?}");
+        let mut kvm = report(Vendor::Amd, true);
+        assert_eq!(linux(Some(&kvm)).state, State::Ok);
+        kvm.irqchip = false;
+        assert!(linux(Some(&kvm)).remedy.as_deref().unwrap().contains("kvm.irqchip"));
     }
 
     #[test]

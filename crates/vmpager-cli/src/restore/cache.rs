@@ -1,9 +1,9 @@
 //! The page cache, brought into a known state before a run.
 
 use std::fs::File;
-use std::io::{Read, Seek};
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -48,7 +48,7 @@ const TRIES: u32 = 5;
 /// Brings the page cache into that state, and checks it.
 pub(crate) fn prepare(path: &Path, cache: Cache) -> anyhow::Result<()> {
     let at = || format!("preparing the page cache of {}", path.display());
-    let mut file = File::open(path).with_context(at)?;
+    let file = File::open(path).with_context(at)?;
     let len = file.metadata().with_context(at)?.len();
     let data = data_ranges(path, len).with_context(at)?;
     if data.is_empty() {
@@ -57,7 +57,7 @@ pub(crate) fn prepare(path: &Path, cache: Cache) -> anyhow::Result<()> {
     let mut resident = 0.0;
     for _ in 0..TRIES {
         match cache {
-            Cache::Warm => read_through(&mut file).with_context(at)?,
+            Cache::Warm => read_through(&file, &data).with_context(at)?,
             Cache::Cold => drop_pages(&file).with_context(at)?,
         }
         resident = resident_share(&file, len, &data).with_context(at)?;
@@ -72,10 +72,15 @@ pub(crate) fn prepare(path: &Path, cache: Cache) -> anyhow::Result<()> {
     bail!("{}: {:.1}% of it stays in the page cache", at(), resident * 100.0)
 }
 
-fn read_through(file: &mut File) -> std::io::Result<()> {
-    let mut bytes = vec![0; 2 << 20];
-    file.rewind()?;
-    while file.read(&mut bytes)? > 0 {}
+fn read_through(file: &File, data: &[Range<u64>]) -> std::io::Result<()> {
+    const PIECE: usize = 2 << 20;
+    let mut bytes = vec![0; PIECE];
+    for range in data {
+        for start in range.clone().step_by(PIECE) {
+            let len = usize::try_from(range.end - start).map_or(PIECE, |left| left.min(PIECE));
+            file.read_exact_at(&mut bytes[..len], start)?;
+        }
+    }
     Ok(())
 }
 

@@ -55,6 +55,8 @@ pub(crate) struct Work {
     pub(crate) seed: u64,
     /// Compare all memory from the host afterwards.
     pub(crate) verify: bool,
+    /// How long a Linux guest runs.
+    pub(crate) run_ms: Option<u64>,
     /// Host threads as vCPUs, even where there is KVM.
     pub(crate) threads: bool,
 }
@@ -91,6 +93,7 @@ pub(crate) fn restore(
     args.extend(["--socket".into(), socket]);
     args.extend(["--seed".into(), work.seed.to_string().into()]);
     args.extend(work.touches.iter().flat_map(|n| ["--touches".into(), n.to_string().into()]));
+    args.extend(work.run_ms.iter().flat_map(|n| ["--run-ms".into(), n.to_string().into()]));
     args.extend(work.sequential.then(|| "--sequential".into()));
     args.extend(work.verify.then(|| "--verify".into()));
     args.extend(work.threads.then(|| "--cpu=threads".into()));

@@ -1,0 +1,87 @@
+//! What is restored: a snapshot made for the purpose, or one that is given.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use vmpager_vm::{Filling, Snapshot, SnapshotPaths, Vm, VmConfig};
+
+use super::RestoreArgs;
+use crate::scratch::Scratch;
+use crate::size;
+use crate::vm_process::cpu_name;
+
+/// A snapshot to restore.
+#[derive(Debug)]
+pub(super) struct Subject {
+    pub(super) paths: SnapshotPaths,
+    /// Removed at the end, with the snapshot that was made in it.
+    pub(super) scratch: Scratch,
+    pub(super) guest: &'static str,
+    /// What plays the vCPU.
+    pub(super) vm: &'static str,
+    pub(super) memory_bytes: u64,
+    /// Bytes of memory that are no zeroes by design.
+    pub(super) contents_bytes: u64,
+    /// How many pages the built-in guest touches.
+    pub(super) touches: u64,
+}
+
+/// How many pages the built-in guest touches by default.
+const TOUCHES: u64 = 24_576;
+
+impl Subject {
+    /// The snapshot of a guest made with that much memory.
+    pub(super) fn make(args: &RestoreArgs, memory_bytes: u64) -> anyhow::Result<Self> {
+        let filling = Filling::Generated { seed: 1, bytes: args.filled };
+        Self::built_in(args, memory_bytes, filling, "built-in")
+    }
+
+    /// The snapshot that is given. Where Linux cannot run, its memory becomes
+    /// that of the built-in guest, which touches and verifies it.
+    pub(super) fn given(args: &RestoreArgs, state: &Path, memory: &Path) -> anyhow::Result<Self> {
+        let paths = SnapshotPaths { state: state.to_owned(), memory: memory.to_owned() };
+        let snapshot = Snapshot::open(&paths)?;
+        if !snapshot.is_linux() {
+            bail!(
+                "{} is the state of a built-in guest; leave out --state, and one is made",
+                state.display()
+            );
+        }
+        let memory_bytes = snapshot.memory_bytes();
+        if !vmpager_kvm::probe::kvm().is_ok_and(|kvm| kvm.boots_linux()) {
+            let filling = Filling::File(memory.to_owned());
+            let guest = "built-in, with a Linux guest's memory";
+            return Self::built_in(args, with_room(memory_bytes), filling, guest);
+        }
+        let scratch = Scratch::new(args.dir.as_deref(), 0)?;
+        let (guest, vm) = ("linux", "kvm");
+        let contents_bytes = memory_bytes;
+        Ok(Self { paths, scratch, guest, vm, memory_bytes, contents_bytes, touches: 0 })
+    }
+
+    fn built_in(
+        args: &RestoreArgs,
+        memory_bytes: u64,
+        filling: Filling,
+        guest: &'static str,
+    ) -> anyhow::Result<Self> {
+        let scratch = Scratch::new(args.dir.as_deref(), args.filled.unwrap_or(memory_bytes))?;
+        let paths = SnapshotPaths::in_dir(scratch.path());
+        let config =
+            VmConfig { memory_bytes, filling, cpu: args.cpu.into(), ..VmConfig::default() };
+        let mut vm = Vm::build(&config)
+            .with_context(|| format!("a guest of {}", size::show(memory_bytes)))?;
+        vm.prepare()?;
+        vm.snapshot(&paths)?;
+        let pages = vm.content_pages();
+        let touches = args.touches.unwrap_or(TOUCHES.min(pages));
+        let (vm, contents_bytes) = (cpu_name(vm.cpu()), pages * 4096);
+        Ok(Self { paths, scratch, guest, vm, memory_bytes, contents_bytes, touches })
+    }
+}
+
+/// Memory for as much contents and the built-in guest's own structures, which
+/// are eight bytes a page and little else.
+fn with_room(contents: u64) -> u64 {
+    (contents + contents / 256 + (4 << 20)).next_multiple_of(2 << 20)
+}
