@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`addr`] | what an address, a page and a range are |
 //! | [`slot`] | which slot and page an address belongs to |
+//! | [`installer`] | what a thread that installs pages by itself asks for |
 //! | [`page_map`] | what state a page is in, for every thread and process that looks |
 //! | [`pages`] | what all who install share |
 //! | [`prefetch`] | how much to bring in beside a demanded page, and what to fill next |
@@ -18,6 +19,7 @@
 
 pub mod addr;
 pub mod engine;
+pub mod installer;
 pub mod page_map;
 pub mod pages;
 pub mod prefetch;
@@ -27,6 +29,7 @@ mod sync;
 
 pub use addr::{ByteRange, Hva, PageRun, PageSize};
 pub use engine::{Engine, FaultPlan, FillPlan};
+pub use installer::{PageInstaller, Resolution};
 pub use page_map::{Content, PageMap, Words};
 pub use pages::Pages;
 pub use slot::{Slot, SlotError, SlotSet};

@@ -1,12 +1,15 @@
-//! What KVM offers vmpager on this host.
+//! KVM for vmpager: what this host's offers, and missing pages as exits of
+//! vCPUs.
 //!
 //! [`probe::kvm`] tells whether this user can run a VM here, what the KVM
 //! behind it can do, and whether a Linux guest is worth trying. It changes
 //! nothing and creates no VM.
 //!
 //! [`candidates`] tells which guest pages a vCPU touched that stopped on an
-//! access to a missing one, where KVM does not say.
+//! access to a missing one, where KVM does not say. [`exit`] makes such pages
+//! exits of the vCPU, installed by its own thread.
 #![forbid(unsafe_code)]
 
 pub mod candidates;
+pub mod exit;
 pub mod probe;

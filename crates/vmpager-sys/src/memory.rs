@@ -13,7 +13,21 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use rustix::mm::{self, Advice, MapFlags, ProtFlags};
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
+
+/// What may be done with memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing: touching it is a SIGSEGV.
+    None,
+    /// Writing and, on x86, reading: its page tables know no memory that can
+    /// be written and not read. But the kernel will not *pin* such memory for
+    /// reading (`get_user_pages` checks the mapping's flags), which is what KVM
+    /// does to serve a vCPU's fault.
+    Write,
+    /// Both.
+    ReadWrite,
+}
 
 /// A mapping of this process, unmapped when dropped.
 pub struct Mapping {
@@ -63,6 +77,35 @@ impl Mapping {
     pub fn hugetlb_2m(len: usize) -> io::Result<Self> {
         let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
         Self::map_anonymous(len, flags | MapFlags::NORESERVE)
+    }
+
+    /// As [`anonymous`](Self::anonymous), but nobody may touch it before
+    /// [`allow`](Self::allow) says so: for memory that must be registered with
+    /// a userfaultfd before anybody does.
+    ///
+    /// # Errors
+    ///
+    /// If there is no address space left for it.
+    pub fn inaccessible(len: usize) -> io::Result<Self> {
+        let mapping = Self::anonymous(len)?;
+        mapping.allow(Access::None)?;
+        Ok(mapping)
+    }
+
+    /// Changes what may be done with all of the memory.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses (a file that may not be written, say).
+    pub fn allow(&self, access: Access) -> io::Result<()> {
+        let flags = match access {
+            Access::None => MprotectFlags::empty(),
+            Access::Write => MprotectFlags::WRITE,
+            Access::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
+        };
+        // SAFETY: all of it belongs to this mapping. What is forbidden ends in
+        // a signal, not in wrong bytes.
+        Ok(unsafe { mm::mprotect(self.base.as_ptr().cast(), self.len, flags) }?)
     }
 
     fn map_anonymous(len: usize, flags: MapFlags) -> io::Result<Self> {

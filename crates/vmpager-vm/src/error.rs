@@ -126,6 +126,21 @@ pub enum VmError {
     /// The memory file is not fit to be served.
     #[error(transparent)]
     Source(#[from] vmpager::store::OpenError),
+    /// Missing pages could not be delivered as exits of a vCPU.
+    #[error("delivering missing pages as vCPU exits: {0}")]
+    Delivery(#[from] vmpager_kvm::exit::ExitError),
+    /// A page the guest needs cannot be had.
+    #[error(
+        "the page at gpa {gpa:#x} cannot be had (see the log for why); the guest cannot go on \
+         without it"
+    )]
+    PagePoisoned {
+        /// Its guest-physical address.
+        gpa: u64,
+    },
+    /// The source of guest memory gives no reader.
+    #[error(transparent)]
+    Reader(#[from] vmpager::core::SourceError),
     /// No eventfd could be had, or waited for.
     #[error("using an eventfd: {0}; raise the limit on open files (ulimit -n)")]
     Eventfd(io::Error),

@@ -19,13 +19,15 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use vmpager::Pager;
-use vmpager_sys::memory::Mapping;
+use vmpager::{Installer, Pager};
+use vmpager_kvm::exit::{ExitMemory, GpaRange};
+use vmpager_sys::memory::{Access, Mapping};
 use vmpager_sys::uffd::Userfaultfd;
 
 use crate::PAGE_SIZE;
 use crate::device::to_usize;
 use crate::error::VmError;
+use crate::restore::Delivery;
 
 /// Where the memory below the devices ends.
 pub(crate) const HOLE_START: u64 = 3 << 30;
@@ -67,6 +69,8 @@ pub(crate) struct GuestMemory {
     pub(crate) slots: Vec<Memslot>,
     /// What the mapping maps, if that is this VM's own.
     memfd: Option<OwnedFd>,
+    /// The same memory, if its missing pages are exits of vCPUs.
+    exits: Option<Arc<ExitMemory>>,
     // Dropped after the machine.
     served: Option<Served>,
 }
@@ -84,13 +88,43 @@ pub(crate) enum Served {
 
 impl GuestMemory {
     pub(crate) fn new(mapping: Arc<Mapping>, slots: Vec<Memslot>) -> Self {
-        Self { mapping, slots, memfd: None, served: None }
+        Self { mapping, slots, memfd: None, exits: None, served: None }
     }
 
     /// The same, its absent pages brought by somebody.
     pub(crate) fn served(mut self, by: Served) -> Self {
         self.served = Some(by);
         self
+    }
+
+    /// Opens memory that nobody could access so far, for vCPUs whose faults are
+    /// delivered so.
+    pub(crate) fn delivered_by(mut self, delivery: Delivery) -> io::Result<Self> {
+        match delivery {
+            Delivery::Userfaultfd => self.mapping.allow(Access::ReadWrite)?,
+            Delivery::Exit => {
+                let range =
+                    |slot: &Memslot| GpaRange { gpa: slot.gpa, offset: slot.offset, len: slot.len };
+                let slots = self.slots.iter().map(range).collect();
+                self.exits = Some(Arc::new(ExitMemory::new(self.mapping.clone(), slots)?));
+            }
+        }
+        Ok(self)
+    }
+
+    /// What delivers a vCPU's missing pages as exits, if they are; `None` also
+    /// if none is missing any more.
+    pub(crate) fn exits(&self) -> Result<Option<(Arc<ExitMemory>, Installer)>, VmError> {
+        let (Some(exits), Some(pager)) = (&self.exits, self.pager()) else { return Ok(None) };
+        match pager.installer()? {
+            Some(installer) => Ok(Some((exits.clone(), installer))),
+            None => {
+                self.mapping
+                    .allow(Access::ReadWrite)
+                    .map_err(|error| VmError::Memory { bytes: self.mapping.len() as u64, error })?;
+                Ok(None)
+            }
+        }
     }
 
     /// The pager in this process, if there is one.

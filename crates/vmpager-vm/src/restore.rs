@@ -18,6 +18,17 @@ use crate::error::VmError;
 use crate::memory::{GuestMemory, Served};
 use crate::snapshot::Snapshot;
 
+/// How a vCPU's fault on a missing page is learned of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Delivery {
+    /// The vCPU waits in the kernel, and a userfaultfd tells the pager.
+    #[default]
+    Userfaultfd,
+    /// The vCPU leaves the guest, and its own thread installs the page (see
+    /// [`vmpager_kvm::exit`]).
+    Exit,
+}
+
 /// Where a restored VM's memory comes from.
 #[derive(Clone, Debug)]
 pub enum RestoreMemory {
@@ -38,6 +49,8 @@ pub enum RestoreMemory {
     InProcess {
         /// Whether it brings the others too, while nobody waits.
         background_fill: bool,
+        /// How the faults of vCPUs get to it.
+        delivery: Delivery,
     },
     /// Memory the caller has prepared (and serves, if its pages are absent).
     /// It must have [`Snapshot::memory_bytes`] bytes.
@@ -73,13 +86,16 @@ impl GuestMemory {
                 Ok(Self::new(mapping, slots)
                     .served(Served::ByPeer { _connection: connection, _uffd: uffd }))
             }
-            RestoreMemory::InProcess { background_fill } => {
-                let mapping = Arc::new(Mapping::anonymous(len).map_err(cannot_map)?);
+            RestoreMemory::InProcess { background_fill, delivery } => {
+                let mapping = Arc::new(Mapping::inaccessible(len).map_err(cannot_map)?);
                 let pager = Pager::builder(RawFile::open(path)?)
                     .region(&GuestRange::of_mapping(&mapping), 0)
                     .background_fill(background_fill)
                     .start()?;
-                Ok(Self::new(mapping, slots).served(Served::InProcess(Box::new(pager))))
+                Self::new(mapping, slots)
+                    .served(Served::InProcess(Box::new(pager)))
+                    .delivered_by(delivery)
+                    .map_err(cannot_map)
             }
             RestoreMemory::Prepared(mapping) if mapping.len() == len => {
                 Ok(Self::new(mapping, slots))

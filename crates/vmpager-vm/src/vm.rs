@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use vmpager::Pager;
+use vmpager_kvm::exit::ExitStats;
 use vmpager_sys::memory::Mapping;
 
 use crate::checksum::checksum;
@@ -229,12 +231,13 @@ impl Vm {
             .filter(|(page, bytes)| threads::checksum_at(memory, *page) != checksum(bytes))
             .map(|(page, _)| page)
             .collect();
-        let pages = self.layout.contents();
+        let layout = &self.layout;
+        let pages = layout.contents();
         let contents = self.seed.map(Contents::new);
         let parts = in_parallel(pages.clone(), |part| {
             let mut bytes = [0; PAGE_BYTES];
             let is_wrong = |page: &u64| {
-                let in_table = memory.read_u64(to_usize(self.layout.sum_of(*page)));
+                let in_table = memory.read_u64(to_usize(layout.sum_of(*page)));
                 let generated = contents.map(|contents| {
                     contents.fill(*page, &mut bytes);
                     checksum(&bytes)
@@ -255,6 +258,17 @@ impl Vm {
     /// The mapping that is guest memory; byte `n` is gpa `n`.
     pub fn memory(&self) -> &Arc<Mapping> {
         &self.memory.mapping
+    }
+
+    /// What exit delivery has done on all vCPUs; `None` if their faults are not
+    /// delivered so.
+    pub fn exit_stats(&self) -> Option<ExitStats> {
+        self.machine.as_ref().and_then(Builtin::exit_stats)
+    }
+
+    /// The pager in this process, if it brings this guest's memory.
+    pub fn pager(&self) -> Option<&Pager> {
+        self.memory.pager()
     }
 
     /// What plays the vCPUs.

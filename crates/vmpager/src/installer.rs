@@ -5,35 +5,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use vmpager_core::{ByteRange, Content, Hva, PageData, PageReader, PageRun, PageSize};
+use vmpager_core::{
+    ByteRange, Content, Hva, PageData, PageInstaller, PageReader, PageRun, PageSize, Resolution,
+};
 use vmpager_sys::uffd::Stop;
 
 use crate::reads::MemoryId;
 use crate::shared::{Serving, Shared};
 use crate::worker::{Command, Teller};
-
-/// What came of asking for a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Resolution {
-    /// It was in place, as far as is known: somebody has just installed it, or
-    /// it was given back since. Touch it again; if it is still missing, let the
-    /// userfaultfd deliver the fault.
-    Present,
-    /// It is in place now.
-    Installed,
-    /// It is being fetched: wait for it ([`Installer::wait`]), or do something
-    /// else meanwhile and ask again.
-    Waiting,
-    /// It cannot be had (I3).
-    Poisoned,
-    /// The memory is complete and no longer registered with a userfaultfd: no
-    /// page is missing, and pages nobody installed are the kernel's zeroes.
-    Filled,
-    /// The pager has ended before the memory was complete.
-    Ended,
-    /// No region of the pager is there.
-    Outside,
-}
 
 /// One thread's way to install pages of a [`Pager`](crate::Pager)'s memory by
 /// itself.
@@ -59,14 +38,16 @@ impl Installer {
         Self { shared, reader, worker, memory }
     }
 
-    /// Whether a page is known to be in place. Asks nobody, takes no lock.
-    pub fn is_present(&self, hva: Hva) -> bool {
-        let pages = &self.shared.pages;
-        pages.slots().page_at(hva).is_some_and(|page| pages.map().is_present(page))
+    /// Waits for a page that is being fetched, until `until` at the latest.
+    /// False if it is still being fetched then.
+    pub fn wait(&self, hva: Hva, until: Instant) -> bool {
+        match self.shared.pages.slots().page_at(hva) {
+            Some(page) => self.shared.wait(page, until),
+            None => true,
+        }
     }
 
-    /// Brings the page at `hva`, if it can be had at once.
-    pub fn resolve(&mut self, hva: Hva) -> Resolution {
+    fn bring(&mut self, hva: Hva) -> Resolution {
         match self.shared.serving() {
             Serving::Yes => {}
             Serving::Filled => return Resolution::Filled,
@@ -86,15 +67,6 @@ impl Installer {
                 Content::Zero => return self.zero(page),
                 Content::Poisoned => return Resolution::Poisoned,
             }
-        }
-    }
-
-    /// Waits for a page that is being fetched, until `until` at the latest.
-    /// False if it is still being fetched then.
-    pub fn wait(&self, hva: Hva, until: Instant) -> bool {
-        match self.shared.pages.slots().page_at(hva) {
-            Some(page) => self.shared.wait(page, until),
-            None => true,
         }
     }
 
@@ -175,6 +147,24 @@ impl Installer {
             true => Resolution::Waiting,
             false => Resolution::Ended,
         }
+    }
+}
+
+impl PageInstaller for Installer {
+    fn is_present(&self, hva: Hva) -> bool {
+        let pages = &self.shared.pages;
+        match pages.slots().page_at(hva) {
+            Some(page) => pages.map().is_present(page) || self.is_complete(),
+            None => false,
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.shared.serving() == Serving::Filled
+    }
+
+    fn resolve(&mut self, hva: Hva) -> Resolution {
+        self.bring(hva)
     }
 }
 

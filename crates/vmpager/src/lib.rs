@@ -30,11 +30,12 @@ pub mod stats;
 mod worker;
 
 pub use daemon::{Daemon, DaemonConfig, DaemonError};
-pub use installer::{Installer, Resolution};
+pub use installer::Installer;
 pub use pager::{Pager, PagerBuilder, PagerError};
 pub use served::ServeOptions;
 pub use stats::{EndReason, SessionSummary};
 pub use vmpager_core as core;
 pub use vmpager_core::prefetch::NeighbourPolicy;
+pub use vmpager_core::{PageInstaller, Resolution};
 pub use vmpager_store as store;
 pub use vmpager_sys::memory::GuestRange;

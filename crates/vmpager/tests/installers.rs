@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{Holds, PAGE, Random, assert_is_source, faulty, mapping, numbered, page, range};
 use vmpager::core::{ByteRange, Hva};
-use vmpager::{Installer, NeighbourPolicy, Pager, Resolution};
+use vmpager::{Installer, NeighbourPolicy, PageInstaller, Pager, Resolution};
 use vmpager_store::faulty::Times;
 use vmpager_sys::memory::Mapping;
 

@@ -9,7 +9,7 @@ const ROOMS: [(&str, &[&str]); 10] = [
     ("vmpager-store", &["vmpager-core", "vmpager-sys"]),
     ("vmpager-kvm", &["vmpager-core", "vmpager-sys"]),
     ("vmpager", &["vmpager-core", "vmpager-sys", "vmpager-store"]),
-    ("vmpager-vm", &["vmpager-core", "vmpager-sys", "vmpager"]),
+    ("vmpager-vm", &["vmpager-core", "vmpager-kvm", "vmpager-sys", "vmpager"]),
     (
         "vmpager-cli",
         &["vmpager", "vmpager-core", "vmpager-kvm", "vmpager-store", "vmpager-sys", "vmpager-vm"],

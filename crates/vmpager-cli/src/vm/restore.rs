@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::ValueEnum;
-use vmpager_vm::{LinuxVm, RestoreMemory, Snapshot, SnapshotPaths};
+use vmpager_vm::{Delivery, LinuxVm, RestoreMemory, Snapshot, SnapshotPaths};
 
 use super::control::ControlSocket;
 use super::outcome::{EXIT_STATUS, since};
@@ -40,6 +40,9 @@ pub(crate) struct RestoreArgs {
     /// switch of its own for that.
     #[arg(long, conflicts_with = "pager")]
     background_fill: bool,
+    /// How a vCPU's fault gets to the pager in this process.
+    #[arg(long, value_enum, default_value_t = DeliveryArg::Uffd, conflicts_with = "pager")]
+    delivery: DeliveryArg,
     /// Have guest memory in huge pages of 2 MiB.
     #[arg(long, requires = "pager")]
     huge_pages: bool,
@@ -62,6 +65,24 @@ enum MemoryMode {
     OnDemand,
 }
 
+/// How a fault is learned of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DeliveryArg {
+    /// The vCPU waits in the kernel; a userfaultfd tells the pager's thread.
+    Uffd,
+    /// The vCPU leaves the guest, and its own thread installs the page.
+    Exit,
+}
+
+impl From<DeliveryArg> for Delivery {
+    fn from(arg: DeliveryArg) -> Self {
+        match arg {
+            DeliveryArg::Uffd => Self::Userfaultfd,
+            DeliveryArg::Exit => Self::Exit,
+        }
+    }
+}
+
 pub(super) fn run(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let from = restore_memory(args)?;
@@ -79,9 +100,10 @@ fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
         (MemoryMode::OnDemand, Some(socket)) => {
             RestoreMemory::OnDemand { socket: socket.clone(), huge_pages: args.huge_pages }
         }
-        (MemoryMode::OnDemand, None) => {
-            RestoreMemory::InProcess { background_fill: args.background_fill }
-        }
+        (MemoryMode::OnDemand, None) => RestoreMemory::InProcess {
+            background_fill: args.background_fill,
+            delivery: args.delivery.into(),
+        },
         (mode, _) if args.pager.is_some() || args.background_fill => {
             let option = if args.pager.is_some() { "--pager" } else { "--background-fill" };
             let mode = mode.to_possible_value();

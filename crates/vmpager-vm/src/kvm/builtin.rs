@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use kvm_ioctls::VcpuExit;
+use vmpager_kvm::exit::ExitStats;
 
 use super::machine::{Machine, Parts};
 use super::program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED};
@@ -42,6 +43,10 @@ impl Builtin {
     #[cfg(test)]
     pub(super) fn vcpus(&mut self) -> &mut [Vcpu] {
         &mut self.0.vcpus
+    }
+
+    pub(crate) fn exit_stats(&self) -> Option<ExitStats> {
+        self.0.exit_stats()
     }
 
     /// Runs one round of the program on every vCPU, each on a thread of its own.

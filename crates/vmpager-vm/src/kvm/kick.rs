@@ -44,6 +44,12 @@ impl Kick {
     /// [`clear`](Self::clear).
     pub(crate) fn stop(&self) {
         self.run.write(IMMEDIATE_EXIT, &[1]);
+        self.interrupt();
+    }
+
+    /// Interrupts the vCPU, should it be in the guest just now. It may enter
+    /// again at once.
+    pub(super) fn interrupt(&self) {
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
             let process = rustix::process::getpid().as_raw_nonzero().get();

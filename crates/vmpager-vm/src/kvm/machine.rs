@@ -9,6 +9,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
+use vmpager_kvm::exit::ExitStats;
 use vmpager_sys::memory::Mapping;
 
 use super::state::{KvmState, MachineState, StateScope};
@@ -67,7 +68,11 @@ impl Machine {
             fd.set_tsc_khz(0).map_err(refused("run the vCPU's TSC at the host's frequency"))?;
             let cpuid = cpuid::of_vcpu(&offered, id, parts.vcpus);
             fd.set_cpuid2(&cpuid).map_err(refused("set the vCPU's CPUID"))?;
-            vcpus.push(Vcpu::new(id, fd)?);
+            let mut vcpu = Vcpu::new(id, fd)?;
+            if let Some((memory, installer)) = parts.memory.exits()? {
+                vcpu.deliver_by_exits(&kvm, memory, installer)?;
+            }
+            vcpus.push(vcpu);
         }
         Ok(Self { vcpus, scope, vm, _memory: memory })
     }
@@ -102,6 +107,11 @@ impl Machine {
         let Some(boot) = self.vcpus.first() else { return Ok(()) };
         let reset = boot.fd.get_sregs().map_err(refused("read system registers"))?;
         boot.set_registers(&entry.regs(), &entry.sregs(reset))
+    }
+
+    /// What exit delivery has done on all vCPUs, if there is any.
+    pub(crate) fn exit_stats(&self) -> Option<ExitStats> {
+        self.vcpus.iter().filter_map(Vcpu::exit_stats).reduce(|a, b| a + b)
     }
 
     /// Tells a guest with KVM's clock that it was paused, lest its watchdogs take

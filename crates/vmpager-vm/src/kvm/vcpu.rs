@@ -2,9 +2,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use vmpager::Installer;
+use vmpager_kvm::exit::{Delivered, ExitDelivery, ExitMemory, ExitStats};
 
 use super::kick::Kick;
 use super::refused;
@@ -17,6 +20,8 @@ pub(crate) struct Vcpu {
     pub(super) id: u64,
     pub(super) fd: VcpuFd,
     kick: Arc<Kick>,
+    /// Brings missing pages, if they are exits.
+    exits: Option<Box<ExitDelivery<Installer>>>,
 }
 
 /// What comes of one exit.
@@ -44,7 +49,24 @@ impl Vcpu {
     pub(super) fn new(id: u64, fd: VcpuFd) -> Result<Self, VmError> {
         let kick = Kick::new(&fd)
             .map_err(|error| VmError::Kvm { what: "share a vCPU's page of control", error })?;
-        Ok(Self { id, fd, kick: Arc::new(kick) })
+        Ok(Self { id, fd, kick: Arc::new(kick), exits: None })
+    }
+
+    /// Has its missing pages be exits of its own, brought by `installer`.
+    pub(super) fn deliver_by_exits(
+        &mut self,
+        kvm: &Kvm,
+        memory: Arc<ExitMemory>,
+        installer: Installer,
+    ) -> Result<(), VmError> {
+        let exits = ExitDelivery::new(kvm, &mut self.fd, memory, installer)?;
+        self.exits = Some(Box::new(exits));
+        Ok(())
+    }
+
+    /// What exit delivery has done, if there is one.
+    pub(crate) fn exit_stats(&self) -> Option<ExitStats> {
+        self.exits.as_ref().map(|exits| exits.stats())
     }
 
     /// What stops it from another thread.
@@ -74,9 +96,48 @@ impl Vcpu {
                 // KVM completes the last exit before it looks at the kick.
                 Err(e) if is_interrupted(e) && kick.is_stopped() => return Ok(Stopped::Kicked),
                 Err(e) if is_interrupted(e) => continue,
-                Err(e) => format!("KVM_RUN: {}", io::Error::from(e)),
+                Err(e) if e.errno() == libc::EFAULT && self.exits.is_some() => {
+                    match self.bring(&mut on_exit)? {
+                        Answer::GoOn => continue,
+                        Answer::Stop(why) => return Ok(Stopped::Answered(why)),
+                        Answer::Unexpected(exit) => exit,
+                    }
+                }
+                Err(e) => failed(e),
             };
             return Err(self.unexpected(exit));
+        }
+    }
+
+    /// Brings the page that stopped the vCPU.
+    fn bring<S>(
+        &mut self,
+        on_exit: &mut impl FnMut(VcpuExit<'_>) -> Answer<S>,
+    ) -> Result<Answer<S>, VmError> {
+        let Some(exits) = &mut self.exits else { return Ok(Answer::GoOn) };
+        match exits.after_fault(&self.fd)? {
+            Delivered::Resumed => Ok(Answer::GoOn),
+            Delivered::Waiting(gpa) => {
+                if let Some(hva) = exits.memory().hva(gpa) {
+                    // A kick is looked for that often.
+                    exits.installer().wait(hva, Instant::now() + LOOK);
+                }
+                Ok(Answer::GoOn)
+            }
+            Delivered::Poisoned(gpa) => Err(VmError::PagePoisoned { gpa }),
+            Delivered::FallBack => {
+                let kick = &self.kick;
+                let answer = exits.fall_back(
+                    &mut self.fd,
+                    || kick.interrupt(),
+                    |exit| match exit {
+                        Ok(exit) => on_exit(exit),
+                        Err(e) if is_interrupted(e) => Answer::GoOn,
+                        Err(e) => Answer::Unexpected(failed(e)),
+                    },
+                );
+                Ok(answer?)
+            }
         }
     }
 
@@ -118,6 +179,14 @@ impl Vcpu {
         self.fd.set_sregs(sregs).map_err(refused("set system registers"))?;
         self.fd.set_regs(regs).map_err(refused("set registers"))
     }
+}
+
+/// The longest time for which a vCPU that waits for a page looks at nothing
+/// else.
+const LOOK: Duration = Duration::from_millis(20);
+
+fn failed(error: kvm_ioctls::Error) -> String {
+    format!("KVM_RUN: {}", io::Error::from(error))
 }
 
 /// A signal, or a request to try again.

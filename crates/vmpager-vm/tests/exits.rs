@@ -1,0 +1,54 @@
+//! Missing pages as exits of the vCPU: the built-in guest runs on a write-only
+//! view, and its own threads install what it misses.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use common::{config, cpus, restore_and_run, snapshot};
+use vmpager_vm::{Cpu, Delivery, RestoreMemory, VmConfig, Workload};
+
+fn have_kvm() -> bool {
+    cpus().contains(&Cpu::Kvm)
+}
+
+fn by_exits(background_fill: bool) -> RestoreMemory {
+    RestoreMemory::InProcess { background_fill, delivery: Delivery::Exit }
+}
+
+#[test]
+fn a_guest_runs_on_pages_its_own_threads_install() {
+    if !have_kvm() {
+        return;
+    }
+    for vcpus in [1, 2] {
+        let (_dir, snapshot) = snapshot(&VmConfig { vcpus, ..config(Cpu::Kvm) });
+        for write_every in [0, 1, 3] {
+            let workload = Workload { write_every, seed: write_every, ..Workload::default() };
+            let (vm, report) =
+                restore_and_run(&snapshot, by_exits(false), Cpu::Kvm, &workload).unwrap();
+            assert_eq!((report.mismatches, vm.verify_from_host().mismatches), (0, 0));
+            let stats = vm.exit_stats().unwrap();
+            println!("{vcpus} vCPUs, a write in {write_every}: {stats:?}");
+            assert!(stats.installed >= vm.content_pages() * 9 / 10, "{stats:?}");
+            assert!(stats.fallbacks * 100 <= stats.exits, "{stats:?}");
+        }
+    }
+}
+
+#[test]
+fn the_fill_beside_it_and_its_end_are_no_matter() {
+    if !have_kvm() {
+        return;
+    }
+    let (_dir, snapshot) = snapshot(&VmConfig { vcpus: 2, ..config(Cpu::Kvm) });
+    for seed in 0..4 {
+        let workload = Workload { write_every: 2, seed, ..Workload::default() };
+        let (vm, report) = restore_and_run(&snapshot, by_exits(true), Cpu::Kvm, &workload).unwrap();
+        assert_eq!((report.mismatches, vm.verify_from_host().mismatches), (0, 0));
+        // None if the fill was done before the vCPUs were made.
+        if let Some(stats) = vm.exit_stats() {
+            println!("{stats:?}");
+            assert!(stats.fallbacks <= 1 + stats.exits / 300, "{stats:?}");
+        }
+    }
+}
