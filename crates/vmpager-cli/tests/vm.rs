@@ -11,6 +11,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, tcgetattr};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -399,6 +401,68 @@ fn a_signal_ends_the_vm_in_order() {
         kill_process(Pid::from_child(&vm.child), signal).unwrap();
         let output = vm.end();
         assert_eq!(output.status.code(), Some(0), "{signal:?}: {output:?}");
+    }
+}
+
+/// Starts a VM on a terminal of its own; gives its two sides.
+fn on_terminal(kernel: &str) -> (Child, fs::File, fs::File) {
+    let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&user).unwrap();
+    unlockpt(&user).unwrap();
+    let name = ptsname(&user, Vec::new()).unwrap().into_string().unwrap();
+    let terminal = fs::File::options().read(true).write(true).open(name).unwrap();
+    let child = Command::new("setsid")
+        .args(["--ctty", "timeout", "--foreground", "60", VMPAGER])
+        .args(["vm", "run", "--memory", "16M", "--kernel", kernel])
+        .stdin(terminal.try_clone().unwrap())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    (child, user.into(), terminal)
+}
+
+#[test]
+fn the_terminal_is_the_guests_and_then_as_it_was() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    // Says hi, and what it gets; ends at the second key.
+    let kernel = kernel(&dir, &[SAY_HI, WAIT_FOR_KEY, ECHO, WAIT_FOR_KEY, ECHO, POWER_OFF]);
+    for (keys, signal, said, ended_by) in [
+        // Ctrl-C and Ctrl-Z are keys like others.
+        (&b"\x03\x1a"[..], None, "hi\n\x03\x1a", "switched itself off"),
+        (b"\x01\x01x", None, "hi\n\x01x", "switched itself off"),
+        (b"k\x01x", None, "hi\nk", "ended by its user"),
+        (b"k", Some(Signal::TERM), "hi\nk", "ended by its user"),
+    ] {
+        let (mut child, mut user, terminal) = on_terminal(&kernel);
+        let before = format!("{:?}", tcgetattr(&terminal).unwrap());
+        let mut hi = [0; 3];
+        child.stdout.as_mut().unwrap().read_exact(&mut hi).unwrap();
+        let raw = tcgetattr(&terminal).unwrap();
+        assert!(!raw.local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO));
+        let (first, rest) = keys.split_at(keys.len().min(1));
+        user.write_all(first).unwrap();
+        if let Some(signal) = signal {
+            let mut key = [0];
+            child.stdout.as_mut().unwrap().read_exact(&mut key).unwrap();
+            assert_eq!(key, first);
+            kill_process(Pid::from_child(&child), signal).unwrap();
+        }
+        user.write_all(rest).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{keys:?}: {output:?}");
+        let all = text(&[&hi[..], &output.stdout].concat());
+        let messages = text(&output.stderr);
+        assert!(messages.contains("Ctrl-A x ends the VM"));
+        match ended_by {
+            "ended by its user" => assert!(said.starts_with(&all), "perhaps too late to echo"),
+            _ => assert_eq!(all, said),
+        }
+        assert!(messages.contains(ended_by), "{keys:?}: {messages}");
+        assert_eq!(format!("{:?}", tcgetattr(&terminal).unwrap()), before, "{keys:?}");
     }
 }
 
