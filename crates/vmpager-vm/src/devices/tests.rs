@@ -2,6 +2,7 @@
 
 use std::io;
 use std::thread;
+use std::time::Instant;
 
 use super::*;
 
@@ -83,9 +84,12 @@ fn input_waits_for_a_guest_that_reads_and_no_longer() {
     assert_eq!(now(&console, b"y"), 0);
     assert_eq!(console.send(b"y", Duration::from_millis(5)), 0);
     let sender = thread::spawn(move || console.send(b"yz", Duration::from_secs(60)));
+    thread::sleep(Duration::from_millis(50)); // for it to wait
+    let read_at = Instant::now();
     // One byte read makes room for one.
     assert_eq!(read(&ports, DATA), b'x');
     assert_eq!(sender.join().unwrap(), 1);
+    assert!(read_at.elapsed() < Duration::from_secs(30), "it was told");
     let rest: Vec<u8> = (0..64).map(|_| read(&ports, DATA)).collect();
     assert_eq!((rest[62], rest[63]), (b'x', b'y'));
 }
