@@ -1,5 +1,6 @@
 //! What is restored: a snapshot made for the purpose, or one that is given.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -20,7 +21,7 @@ pub(super) struct Subject {
     /// What plays the vCPU.
     pub(super) vm: &'static str,
     pub(super) memory_bytes: u64,
-    /// Bytes of memory that are no zeroes by design.
+    /// Bytes of memory that are no holes of its file.
     pub(super) contents_bytes: u64,
     /// How many pages the built-in guest touches.
     pub(super) touches: u64,
@@ -55,7 +56,7 @@ impl Subject {
         }
         let scratch = Scratch::new(args.dir.as_deref(), 0)?;
         let (guest, vm) = ("linux", "kvm");
-        let contents_bytes = memory_bytes;
+        let contents_bytes = std::fs::metadata(memory)?.blocks() * 512;
         Ok(Self { paths, scratch, guest, vm, memory_bytes, contents_bytes, touches: 0 })
     }
 
