@@ -218,8 +218,13 @@ impl Served {
             let offset = usize::try_from(done << shift).unwrap_or(usize::MAX);
             let end = self.put(part, Put::Bytes(src + offset))?;
             self.count_installed(part, None, end.pages);
-            self.put_off_rest(end, reads)?;
             done += pages;
+            if end.rest.is_some() {
+                // Putting off reads events: pages of the rest may have been
+                // given back, and are no longer this run's to fill.
+                self.put_off_rest(end, reads)?;
+                break;
+            }
             let after = Instant::now();
             self.chunk.took(after - now);
             now = after;
