@@ -12,7 +12,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -153,23 +153,27 @@ impl GuestMemory {
     /// is to make it, so that whoever reads all of memory reads these.
     pub(crate) fn data(&self) -> io::Result<Vec<Range<u64>>> {
         let end = self.mapping.len() as u64;
-        let mut ranges = Vec::new();
-        let Some(memfd) = &self.memfd else {
-            ranges.push(0..end);
-            return Ok(ranges);
-        };
-        let mut at = 0;
-        while at < end {
-            let start = match seek(memfd, SeekFrom::Data(at)) {
-                Ok(start) => start,
-                Err(Errno::NXIO) => break,
-                Err(error) => return Err(error.into()),
-            };
-            at = seek(memfd, SeekFrom::Hole(start))?.min(end);
-            ranges.push(start..at);
+        match &self.memfd {
+            Some(memfd) => data_ranges(memfd.as_fd(), end),
+            None => Ok(std::iter::once(0..end).collect()),
         }
-        Ok(ranges)
     }
+}
+
+/// The parts of a file's first `end` bytes that are no holes.
+pub(crate) fn data_ranges(file: BorrowedFd<'_>, end: u64) -> io::Result<Vec<Range<u64>>> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while at < end {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) if start < end => start,
+            Ok(_) | Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        at = seek(file, SeekFrom::Hole(start))?.min(end);
+        ranges.push(start..at);
+    }
+    Ok(ranges)
 }
 
 fn check_size(bytes: u64, page: u64) -> Result<(), VmError> {

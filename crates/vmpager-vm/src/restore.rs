@@ -15,7 +15,7 @@ use vmpager_sys::uffd::{Features, Userfaultfd};
 
 use crate::device::to_usize;
 use crate::error::VmError;
-use crate::memory::{GuestMemory, Served};
+use crate::memory::{GuestMemory, Served, data_ranges};
 use crate::snapshot::Snapshot;
 
 /// How a vCPU's fault on a missing page is learned of.
@@ -68,9 +68,14 @@ impl GuestMemory {
             RestoreMemory::Eager => {
                 let file = File::open(path).map_err(VmError::file("open", path))?;
                 let mapping = Mapping::anonymous(len).map_err(cannot_map)?;
-                mapping
-                    .read_from_file(file.as_fd(), 0..len)
-                    .map_err(VmError::file("read", path))?;
+                // Holes are zeroes, and so is fresh memory: they cost nothing.
+                for range in
+                    data_ranges(file.as_fd(), bytes).map_err(VmError::file("read", path))?
+                {
+                    mapping
+                        .read_from_file(file.as_fd(), to_usize(range.start)..to_usize(range.end))
+                        .map_err(VmError::file("read", path))?;
+                }
                 Ok(Self::new(Arc::new(mapping), slots))
             }
             RestoreMemory::Mmap => {

@@ -146,6 +146,7 @@ mod tests {
         let vcpu = &mut guest.vcpus()[0];
         let kick = vcpu.kick().clone();
         for delay in [0, 0, 1, 50, 3000, 0, 100, 20_000].map(Duration::from_micros) {
+            let since = Instant::now();
             let kicker = std::thread::spawn({
                 let kick = kick.clone();
                 move || {
@@ -153,7 +154,6 @@ mod tests {
                     kick.stop();
                 }
             });
-            let since = Instant::now();
             let stopped = vcpu.run(|exit| Answer::<()>::Unexpected(format!("{exit:?}")));
             assert!(matches!(stopped, Ok(Stopped::Kicked)), "{stopped:?}");
             assert!(since.elapsed() >= delay.mul_f32(0.5) && since.elapsed().as_secs() < 5);
