@@ -5,6 +5,7 @@ use iced_x86::{
     InstructionInfoOptions, MemorySize, Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 
+use super::registers::mask;
 use super::{Access, MAX_INSTRUCTION};
 
 /// How many instructions are remembered: more than a loop has.
@@ -107,6 +108,11 @@ impl Instruction {
                 }
             }
         }
+        if decoded.mnemonic() == Mnemonic::Enter
+            && let Some(push) = info.used_memory().first()
+        {
+            all.add(Operand::end_of_frame(decoded, push));
+        }
         all.transfer = Transfer::of(decoded);
         all
     }
@@ -143,6 +149,24 @@ impl Operand {
     fn of(decoded: &iced_x86::Instruction, memory: UsedMemory, access: Access) -> Self {
         let kind = Kind::of(decoded, &memory);
         Self { memory, bytes: size_of_operand(decoded, &memory), access, kind }
+    }
+
+    /// What `enter` makes sure of after its pushes: that the new frame's last
+    /// byte can be written.
+    fn end_of_frame(decoded: &iced_x86::Instruction, push: &UsedMemory) -> Self {
+        let down = i64::from(decoded.stack_pointer_increment()).cast_unsigned();
+        let memory = UsedMemory::new2(
+            push.segment(),
+            push.base(),
+            Register::None,
+            1,
+            down & mask(address_bits(push.address_size())),
+            MemorySize::UInt8,
+            OpAccess::Write,
+            push.address_size(),
+            0,
+        );
+        Self { memory, bytes: 1, access: Access::Write, kind: Kind::Stack }
     }
 
     /// Takes in an operand that lies directly before or after: the pushes of

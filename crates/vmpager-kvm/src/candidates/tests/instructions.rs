@@ -136,7 +136,10 @@ const CASES: &[(&str, Mode, Set, u64, Access)] = &[
     ("retfq", Long4, |g, at| { g.regs.rsp = at; g.code(b"\x48\xcb") }, 16, Read),
     ("iretq", Long4, |g, at| { g.regs.rsp = at; g.code(b"\x48\xcf") }, 40, Read),
     ("call far [rbx]", Long4, |g, at| { g.regs.rbx = at; g.code(b"\x48\xff\x1b") }, 10, Read),
-    ("enter 16,0", Long4, |g, at| { g.regs.rsp = at + 8; g.code(b"\xc8\x10\x00\x00") }, 8, Write),
+    ("enter 16,0, and the frame's end", Long4, |g, at| {
+        g.regs.rsp = at + 24;
+        g.code(b"\xc8\x10\x00\x00");
+    }, 24, Write),
     ("enter 0,31, pushed", Long4, |g, at| {
         (g.regs.rsp, g.regs.rbp) = (at + 256, DATA + 0x800);
         g.code(b"\xc8\x00\x00\x1f");
