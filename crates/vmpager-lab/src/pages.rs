@@ -7,7 +7,6 @@ use std::fmt;
 const WORDS: usize = 512;
 
 /// Bytes of a page.
-#[cfg(test)]
 pub(crate) const PAGE: usize = 8 * WORDS;
 
 /// What a page is for.
@@ -107,7 +106,6 @@ fn check(
     Err(Difference { kind, number, generation, words, first: (at, is, ought) })
 }
 
-#[cfg(test)]
 /// The number of the still page that these bytes of a memory file are, if they
 /// are one.
 ///

@@ -1,7 +1,14 @@
 //! The tests. Each runs in a process of its own with an empty current
 //! directory, and fails by returning an error.
 
+mod beat;
+mod faulty;
+mod guest;
 mod host;
+mod linux;
+mod pager;
+mod restore;
+mod saved;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -27,6 +34,68 @@ pub(crate) const ALL: &[Case] = &[
     case("host", "kvm_is_there", 20, host::kvm_is_there),
     case("host", "doctor_finds_what_restores_need", 20, host::doctor_finds_what_restores_need),
     case("host", "demo_restores_every_page_on_kvm", 120, host::demo_restores_every_page_on_kvm),
+    case("linux", "linux_boots_works_and_powers_off", 60, linux::linux_boots_works_and_powers_off),
+    case("linux", "linux_boots_on_two_vcpus", 60, linux::linux_boots_on_two_vcpus),
+    case("linux", "a_panic_of_the_guest_is_told", 60, linux::a_panic_of_the_guest_is_told),
+    case("linux", "a_reset_of_the_guest_is_told", 60, linux::a_reset_of_the_guest_is_told),
+    case("linux", "a_busy_vm_ends_when_told", 60, linux::a_busy_vm_ends_when_told),
+    case(
+        "restore",
+        "a_snapshot_under_load_has_every_page",
+        90,
+        restore::a_snapshot_under_load_has_every_page,
+    ),
+    case("restore", "restored_eagerly_it_goes_on", 90, restore::restored_eagerly_it_goes_on),
+    case("restore", "restored_by_mmap_it_goes_on", 90, restore::restored_by_mmap_it_goes_on),
+    case(
+        "restore",
+        "restored_on_demand_in_process_it_goes_on",
+        90,
+        restore::restored_on_demand_in_process_it_goes_on,
+    ),
+    case(
+        "restore",
+        "restored_on_demand_with_fill_it_goes_on",
+        90,
+        restore::restored_on_demand_with_fill_it_goes_on,
+    ),
+    case(
+        "restore",
+        "restored_through_serve_it_goes_on",
+        90,
+        restore::restored_through_serve_it_goes_on,
+    ),
+    case(
+        "restore",
+        "restored_through_serve_with_fill_it_goes_on",
+        90,
+        restore::restored_through_serve_with_fill_it_goes_on,
+    ),
+    case(
+        "restore",
+        "a_restored_guest_is_saved_and_restored_again",
+        90,
+        restore::a_restored_guest_is_saved_and_restored_again,
+    ),
+    case(
+        "restore",
+        "a_broken_byte_of_memory_is_found_by_the_guest",
+        90,
+        restore::a_broken_byte_of_memory_is_found_by_the_guest,
+    ),
+    case("many", "ten_restores_side_by_side", 150, restore::ten_restores_side_by_side),
+    case(
+        "faulty",
+        "restored_from_a_slow_source_it_goes_on",
+        90,
+        faulty::restored_from_a_slow_source_it_goes_on,
+    ),
+    case(
+        "faulty",
+        "restored_from_a_source_that_fails_once_it_goes_on",
+        90,
+        faulty::restored_from_a_source_that_fails_once_it_goes_on,
+    ),
 ];
 
 const fn case(

@@ -1,0 +1,270 @@
+//! A Linux guest in a `vmpager vm` process, by what it prints.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::Lab;
+use super::beat::{Beat, Verdict};
+
+/// How long a guest may be silent. An emulated machine that runs several of
+/// them at once takes its time.
+pub(super) const PATIENCE: Duration = Duration::from_secs(40);
+
+/// Lines of the console to show when something goes wrong.
+const SHOWN: usize = 40;
+
+/// What a guest's kernel never says while all is well.
+const TROUBLE: [&str; 7] = [
+    "BUG:",
+    "Oops",
+    "WARNING:",
+    "detected stall",
+    "soft lockup",
+    "blocked for more than",
+    "general protection fault",
+];
+
+/// How much of a guest.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Size {
+    pub(super) vcpus: usize,
+    pub(super) memory_mib: usize,
+    /// Pages that never change.
+    pub(super) still: usize,
+    /// Pages that each writer goes through; there is a writer for each vCPU.
+    pub(super) moving: usize,
+}
+
+/// Memory enough for a small kernel, its init and the load.
+pub(super) const SMALL: Size = Size { vcpus: 1, memory_mib: 128, still: 4096, moving: 1024 };
+
+/// The same with two vCPUs.
+pub(super) const TWO: Size = Size { vcpus: 2, ..SMALL };
+
+/// A guest that runs. Killed when dropped.
+#[derive(Debug)]
+pub(super) struct Guest {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+    console: Vec<String>,
+    control: PathBuf,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Guest {
+    /// Boots one, and waits until its load runs.
+    pub(super) fn boot(lab: &Lab, size: &Size) -> anyhow::Result<Self> {
+        Self::boot_with(lab, size, &[])
+    }
+
+    /// As [`boot`](Self::boot), with more options for `vm run`.
+    pub(super) fn boot_with(lab: &Lab, size: &Size, more: &[&str]) -> anyhow::Result<Self> {
+        let Size { vcpus, memory_mib, still, moving } = size;
+        // No huge pages: pages are to stay where they are.
+        let cmdline = format!(
+            "console=ttyS0 quiet transparent_hugepage=never lab.load={vcpus} lab.still={still} \
+             lab.moving={moving}"
+        );
+        let mut command = Command::new(&lab.vmpager);
+        command.args(["vm", "run"]).arg("--kernel").arg(&lab.kernel);
+        command.arg("--initrd").arg(&lab.initrd).args(["--cmdline", &cmdline]);
+        command.args(["--memory", &format!("{memory_mib}M"), "--vcpus", &vcpus.to_string()]);
+        let mut guest = Self::start(command.args(more), "control")?;
+        guest.find("its load to start", |line| line.contains("load: ready").then_some(()))?;
+        Ok(guest)
+    }
+
+    /// Starts a `vmpager vm` process with a control socket in this directory.
+    pub(super) fn start(command: &mut Command, name: &str) -> anyhow::Result<Self> {
+        let control = PathBuf::from(format!("{name}.sock"));
+        command.arg("--control").arg(&control);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // What the program says comes with the test's own lines.
+            .stderr(Stdio::inherit())
+            .spawn()
+            .with_context(|| format!("running {command:?}"))?;
+        let stdin = child.stdin.take().context("its standard input")?;
+        let stdout = child.stdout.take().context("its standard output")?;
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            let mut stdout = BufReader::new(stdout);
+            let mut bytes = Vec::new();
+            while stdout.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
+                if sender.send(String::from_utf8_lossy(&bytes).trim_end().to_owned()).is_err() {
+                    return;
+                }
+                bytes.clear();
+            }
+        });
+        Ok(Self { child, stdin, lines, console: Vec::new(), control })
+    }
+
+    /// Waits for a line of the console from which `find` makes something.
+    pub(super) fn find<T>(
+        &mut self,
+        what: &str,
+        find: impl Fn(&str) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.next_line(left)? {
+                Some(line) => {
+                    if let Some(found) = find(&line) {
+                        return Ok(found);
+                    }
+                }
+                None => bail!("waiting for {what}: nothing in {PATIENCE:?}{}", self.tail()),
+            }
+        }
+    }
+
+    /// The next line; `None` if there is none in time.
+    fn next_line(&mut self, timeout: Duration) -> anyhow::Result<Option<String>> {
+        match self.lines.recv_timeout(timeout) {
+            Ok(line) => {
+                self.console.push(line.clone());
+                if TROUBLE.iter().any(|word| line.contains(word)) {
+                    // The rest of what it has to say.
+                    thread::sleep(Duration::from_secs(1));
+                    self.console.extend(self.lines.try_iter());
+                    bail!("the guest's kernel is in trouble{}", self.tail());
+                }
+                Ok(Some(line))
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                let status = self.child.wait().context("waiting for the VM's process")?;
+                bail!("the VM ended ({status}){}", self.tail())
+            }
+        }
+    }
+
+    /// The latest lines of the console, for errors.
+    fn tail(&self) -> String {
+        let from = self.console.len().saturating_sub(SHOWN);
+        let lines: String =
+            self.console[from..].iter().map(|line| format!("\n  guest| {line}")).collect();
+        if lines.is_empty() { "; it printed nothing".into() } else { lines }
+    }
+
+    /// The next of the lines that tell how far the load is. The guest must have
+    /// found nothing wrong.
+    pub(super) fn beat(&mut self) -> anyhow::Result<Beat> {
+        let beat = self.any_beat()?;
+        ensure!(beat.wrong == 0, "the guest found {} things wrong{}", beat.wrong, self.tail());
+        Ok(beat)
+    }
+
+    /// As [`beat`](Self::beat), whatever the guest found.
+    pub(super) fn any_beat(&mut self) -> anyhow::Result<Beat> {
+        self.find("the load to go on", Beat::parse)
+    }
+
+    /// Waits until all parts of the load have done so much more than now.
+    pub(super) fn work(&mut self, more: u64) -> anyhow::Result<Beat> {
+        let begin = self.beat()?;
+        let deadline = Instant::now() + 2 * PATIENCE;
+        loop {
+            let beat = self.beat()?;
+            if beat.has_done(more, &begin) {
+                return Ok(beat);
+            }
+            ensure!(Instant::now() < deadline, "the load stands still{}", self.tail());
+        }
+    }
+
+    /// Types a line on the guest's console.
+    pub(super) fn say(&mut self, command: &str) -> anyhow::Result<()> {
+        self.stdin.write_all(format!("{command}\n").as_bytes()).context("the guest's console")?;
+        self.stdin.flush().context("the guest's console")
+    }
+
+    /// Ends the load; what the guest says of it.
+    pub(super) fn verdict(&mut self) -> anyhow::Result<Verdict> {
+        self.say("stop")?;
+        let mut verdict = self.find("a verdict", Verdict::parse)?;
+        let wrong = self.console.iter().filter(|line| line.contains("load: wrong: "));
+        verdict.wrong.extend(wrong.cloned());
+        Ok(verdict)
+    }
+
+    /// Ends the load, in which nothing may have been wrong, and the guest.
+    pub(super) fn end_well(mut self) -> anyhow::Result<()> {
+        let verdict = self.verdict()?;
+        ensure!(verdict.is_right, "the guest's verdict: {:#?}{}", verdict.wrong, self.tail());
+        self.say("poweroff")?;
+        let status = self.wait()?;
+        ensure!(status.code() == Some(0), "after power-off the VM ended with {status}");
+        Ok(())
+    }
+
+    /// Waits for the process to end. What its guest prints then may be trouble:
+    /// that is for the exit status to tell.
+    pub(super) fn wait(&mut self) -> anyhow::Result<ExitStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            self.console.extend(self.lines.try_iter());
+            if let Some(status) = self.child.try_wait().context("waiting for the VM's process")? {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < deadline, "the VM does not end{}", self.tail());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Has it save itself, and end if `stop` is set.
+    pub(super) fn snapshot(
+        &mut self,
+        lab: &Lab,
+        state: &Path,
+        memory: &Path,
+        stop: bool,
+    ) -> anyhow::Result<()> {
+        let mut command = Command::new(&lab.vmpager);
+        command.args(["vm", "snapshot", "--control"]).arg(&self.control);
+        command.arg("--state").arg(state).arg("--memory").arg(memory);
+        if stop {
+            command.arg("--stop");
+        }
+        let output = command.output().with_context(|| format!("running {command:?}"))?;
+        if !output.status.success() {
+            // It may have ended.
+            let ended = self.child.try_wait().context("waiting for the VM's process")?;
+            self.console.extend(self.lines.try_iter());
+            let error = String::from_utf8_lossy(&output.stderr);
+            bail!("{command:?}: {error}; the VM's status: {ended:?}{}", self.tail());
+        }
+        Ok(())
+    }
+
+    /// The last complete beat of a VM that has ended.
+    pub(super) fn last_beat(&mut self) -> anyhow::Result<Beat> {
+        self.console.extend(self.lines.iter());
+        let beat = self.console.iter().rev().find_map(|line| Beat::parse(line));
+        beat.with_context(|| format!("no beat{}", self.tail()))
+    }
+
+    /// Ends the process as a service manager would; it must obey.
+    pub(super) fn terminate(mut self) -> anyhow::Result<ExitStatus> {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).context("ending the VM")?;
+        self.wait()
+    }
+}

@@ -1,0 +1,145 @@
+//! Snapshots of guests under load.
+
+use std::fs::{self, File};
+use std::io::{BufReader, ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+
+use super::Lab;
+use super::beat::Beat;
+use super::guest::{Guest, Size};
+use crate::pages::{PAGE, still_page};
+
+/// A snapshot.
+#[derive(Clone, Debug)]
+pub(super) struct Saved {
+    pub(super) state: PathBuf,
+    pub(super) memory: PathBuf,
+    /// The guest's last line before it was taken.
+    beat: Beat,
+    size: Size,
+}
+
+impl Saved {
+    /// The snapshot that the tests of one boot share: of a guest of that size,
+    /// taken while its load was running.
+    pub(super) fn shared(lab: &Lab, size: &Size) -> anyhow::Result<Self> {
+        let dir = lab.scratch.join(format!("shared-{}-{}", size.vcpus, size.still));
+        let line = dir.join("beat");
+        if !line.exists() {
+            let mut guest = Guest::boot(lab, size)?;
+            guest.work(2000)?;
+            let beat = save(lab, guest, &dir)?;
+            // The last file: with it the snapshot is complete.
+            fs::write(&line, beat.to_string())
+                .with_context(|| format!("writing {}", line.display()))?;
+        }
+        let text = fs::read_to_string(&line).with_context(|| line.display().to_string())?;
+        let beat = Beat::parse(&text).with_context(|| format!("{} has no beat", line.display()))?;
+        Ok(Self { state: dir.join("state"), memory: dir.join("memory"), beat, size: *size })
+    }
+
+    /// Takes the next snapshot, of a guest restored from this one.
+    pub(super) fn succeed(&self, lab: &Lab, guest: Guest) -> anyhow::Result<Self> {
+        let dir = PathBuf::from("next");
+        let beat = save(lab, guest, &dir)?;
+        Ok(Self { state: dir.join("state"), memory: dir.join("memory"), beat, size: self.size })
+    }
+
+    /// Restores it. The guest must go on where it was.
+    pub(super) fn restore(&self, lab: &Lab, mode: &[&str]) -> anyhow::Result<Guest> {
+        let begin = Instant::now();
+        let mut guest = self.start(lab, mode, "control")?;
+        self.goes_on(&mut guest, begin)?;
+        Ok(guest)
+    }
+
+    /// Restores it, and does not wait for anything. Of several guests in one
+    /// directory, each needs a name.
+    pub(super) fn start(&self, lab: &Lab, mode: &[&str], name: &str) -> anyhow::Result<Guest> {
+        let mut command = Command::new(&lab.vmpager);
+        command.args(["vm", "restore", "--state"]).arg(&self.state);
+        command.arg("--memory").arg(&self.memory).arg("--memory-mode").args(mode);
+        Guest::start(&mut command, name)
+    }
+
+    /// Waits for the guest's first words, which must show that it goes on where
+    /// it was.
+    pub(super) fn goes_on(&self, guest: &mut Guest, since: Instant) -> anyhow::Result<()> {
+        let beat = guest.beat()?;
+        let before = &self.beat;
+        ensure!(
+            beat.goes_on_from(before, since.elapsed()),
+            "it did not go on where it was: {before:?} before, {beat:?} after"
+        );
+        Ok(())
+    }
+
+    /// Compares, in the memory of a guest that was restored from this snapshot,
+    /// the pages that no guest ever touches for writing.
+    pub(super) fn compare(&self, later: &Path) -> anyhow::Result<()> {
+        let (mut before, mut after) = (pages(&self.memory)?, pages(later)?);
+        let mut still = vec![false; self.size.still];
+        let mut number = 0u64;
+        while let Some(page) = before.next()? {
+            let same = after.next()?.with_context(|| format!("{} ends early", later.display()))?;
+            if let Some(found) = still_page(&page).map_err(|error| anyhow::anyhow!("{error}"))? {
+                ensure!(page == same, "page {number} of memory, which is never written, changed");
+                let seen = usize::try_from(found).ok().and_then(|at| still.get_mut(at));
+                *seen.with_context(|| format!("an unchanging page with number {found}"))? = true;
+            }
+            number += 1;
+        }
+        let missing = still.iter().filter(|seen| !**seen).count();
+        ensure!(missing == 0, "{missing} of the pages that never change are not in memory");
+        Ok(())
+    }
+
+    /// A copy of the snapshot in this directory, in which one byte of one page
+    /// that never changes is another.
+    pub(super) fn broken(&self) -> anyhow::Result<Self> {
+        let memory = PathBuf::from("broken");
+        let mut bytes = fs::read(&self.memory).context("the memory file")?;
+        let wanted = self.size.still as u64 / 2;
+        let is_wanted = |page: &[u8]| still_page(page) == Ok(Some(wanted));
+        let at = bytes.chunks_exact(PAGE).position(is_wanted);
+        let at = at.with_context(|| format!("no unchanging page {wanted} in memory"))?;
+        bytes[at * PAGE + 1234] ^= 1;
+        fs::write(&memory, bytes).context("writing the broken memory file")?;
+        Ok(Self { memory, ..self.clone() })
+    }
+}
+
+/// Takes a snapshot and ends the guest; its last line before.
+fn save(lab: &Lab, mut guest: Guest, dir: &Path) -> anyhow::Result<Beat> {
+    fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    guest.snapshot(lab, &dir.join("state"), &dir.join("memory"), true)?;
+    let status = guest.wait()?;
+    ensure!(status.success(), "a VM that was saved and stopped ended with {status}");
+    guest.last_beat()
+}
+
+/// The pages of a memory file.
+fn pages(path: &Path) -> anyhow::Result<Pages> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    Ok(Pages { path: path.into(), file: BufReader::with_capacity(64 * PAGE, file) })
+}
+
+struct Pages {
+    path: PathBuf,
+    file: BufReader<File>,
+}
+
+impl Pages {
+    fn next(&mut self) -> anyhow::Result<Option<[u8; PAGE]>> {
+        let mut page = [0; PAGE];
+        match self.file.read_exact(&mut page) {
+            Ok(()) => Ok(Some(page)),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => bail!("reading {}: {error}", self.path.display()),
+        }
+    }
+}
