@@ -61,7 +61,9 @@ impl Boot {
         let _ = fs::remove_file(socket); // of the boot before
         let listener = UnixListener::bind(socket)
             .with_context(|| format!("listening on {}", socket.display()))?;
-        let mut command = Command::new("qemu-system-x86_64");
+        // However this process ends, the emulator does.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         command
             // No XSAVE: the emulator does not let KVM intercept XSETBV, so KVM would
             // run a guest that turns AVX on with it off.

@@ -100,6 +100,7 @@ fn run_emulated(
     let guest = args.kernel.as_deref().map(|path| Kernel::open(path, target)).transpose()?;
     let guest = guest.as_ref().unwrap_or(&host);
     tool::require("qemu-system-x86_64", "qemu-system-x86")?;
+    tool::require("setpriv", "util-linux")?;
     println!("lab: Linux {} as host, Linux {} as guest", host.release(), guest.release());
 
     let scratch = scratch(target)?;

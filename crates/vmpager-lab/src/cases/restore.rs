@@ -7,7 +7,7 @@ use anyhow::ensure;
 use vmpager::EndReason;
 
 use super::Lab;
-use super::guest::{Guest, SMALL, TWO};
+use super::guest::{Guest, SMALL, Size, TWO};
 use super::pager::Serve;
 use super::saved::Saved;
 
@@ -98,7 +98,8 @@ pub(super) fn a_broken_byte_of_memory_is_found_by_the_guest(lab: &Lab) -> anyhow
 /// Ten VMs from one snapshot, by one pager, at the same time.
 pub(super) fn ten_restores_side_by_side(lab: &Lab) -> anyhow::Result<()> {
     const GUESTS: usize = 10;
-    let saved = Saved::shared(lab, &SMALL)?;
+    const SIZE: Size = Size { still: 1024, moving: 512, ..SMALL };
+    let saved = Saved::shared(lab, &SIZE)?;
     let serve = Serve::start(lab, &saved.memory, &[])?;
     let begin = Instant::now();
     let mut guests = (0..GUESTS)
