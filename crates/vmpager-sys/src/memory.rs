@@ -197,25 +197,29 @@ impl Mapping {
         unsafe { at.write_volatile(value) };
     }
 
-    /// Copies bytes out.
+    /// Copies bytes out. Aligned words of eight bytes are read whole: whoever
+    /// writes such a word meanwhile is seen to have written all of it or nothing.
     ///
     /// # Panics
     ///
     /// If the range is outside.
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         let at = self.at(offset, into.len());
-        let (words, tail) = into.as_chunks_mut::<8>();
-        for (i, word) in words.iter_mut().enumerate() {
+        let head = at.align_offset(8).min(into.len());
+        let (before, rest) = into.split_at_mut(head);
+        let (words, after) = rest.as_chunks_mut::<8>();
+        let tail = head + words.len() * 8;
+        for (i, byte) in (0..).zip(before).chain((tail..).zip(after)) {
             // SAFETY: inside the mapping, as checked for the whole range.
-            let from = unsafe { at.add(i * 8) }.cast::<[u8; 8]>();
-            // SAFETY: inside the mapping; byte arrays have no alignment.
-            *word = unsafe { from.read_volatile() };
-        }
-        for (i, byte) in tail.iter_mut().enumerate() {
-            // SAFETY: inside the mapping, as checked for the whole range.
-            let from = unsafe { at.add(words.len() * 8 + i) };
+            let from = unsafe { at.add(i) };
             // SAFETY: inside the mapping.
             *byte = unsafe { from.read_volatile() };
+        }
+        for (i, word) in words.iter_mut().enumerate() {
+            // SAFETY: inside the mapping, as checked for the whole range.
+            let from = unsafe { at.add(head + i * 8) }.cast::<u64>();
+            // SAFETY: inside the mapping, and aligned: `head` bytes further on.
+            *word = unsafe { from.read_volatile() }.to_ne_bytes();
         }
     }
 
@@ -352,5 +356,59 @@ impl GuestRange {
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn bytes_come_out_as_they_went_in_wherever_they_are() {
+        let mapping = Mapping::anonymous(4096).unwrap();
+        let bytes: Vec<u8> = (0..64).collect();
+        for offset in 0..9 {
+            mapping.write(offset, &bytes);
+            for len in [0, 1, 7, 8, 9, 23, 64] {
+                let mut read = vec![0; len];
+                mapping.read(offset, &mut read);
+                assert_eq!(read, bytes[..len], "{len} bytes at {offset}");
+            }
+        }
+    }
+
+    #[test]
+    fn words_are_read_whole() {
+        let mapping = Mapping::anonymous(4096).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    mapping.write_u64(8, u64::MAX);
+                    mapping.write_u64(8, 0);
+                }
+            });
+            for _ in 0..2_000_000 {
+                let mut bytes = [0; 24];
+                mapping.read(0, &mut bytes);
+                let word = u64::from_ne_bytes(bytes[8..16].try_into().unwrap());
+                assert!(word == 0 || word == u64::MAX, "half a word: {word:#x}");
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn what_nobody_may_touch_can_be_opened_later() {
+        let mapping = Mapping::inaccessible(8192).unwrap();
+        mapping.allow(Access::Write).unwrap();
+        mapping.write_u64(4096, 7);
+        // x86 knows no memory that can be written and not read.
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(mapping.read_u64(4096), 7);
+        mapping.allow(Access::ReadWrite).unwrap();
+        assert_eq!((mapping.read_u64(0), mapping.read_u64(4096)), (0, 7));
     }
 }
