@@ -1,5 +1,6 @@
 //! The reference VM: builds, prepares, saves, restores, runs and verifies.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,13 +17,13 @@ use crate::filling::Filling;
 use crate::kvm::{self, Builtin, Parts};
 use crate::layout::{DEVICE_GPA, Layout};
 use crate::memory::{GuestMemory, Memslot};
-use crate::parallel::in_parallel;
+use crate::parallel::{in_parallel, split};
 use crate::report::{HostReport, RunReport};
 use crate::restore::RestoreMemory;
 use crate::snapshot::{Snapshot, SnapshotPaths};
 use crate::state_file::{BuiltinState, Guest, VmState};
 use crate::workload::Workload;
-use crate::{PAGE_BYTES, threads};
+use crate::{PAGE_BYTES, PAGE_SIZE, threads};
 
 /// What plays the guest's vCPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -217,6 +218,35 @@ impl Vm {
             first_mismatch,
             stalls: self.device.stalls(pages.len()),
         })
+    }
+
+    /// For benchmarks of exit delivery: tells it which pages a workload will
+    /// touch, so that it need not find out. `false` tells it that nothing will
+    /// be missing, so that each fault takes the fallback.
+    ///
+    /// # Errors
+    ///
+    /// If the workload does not fit the guest.
+    pub fn foretell(&mut self, workload: &Workload, truly: bool) -> Result<(), VmError> {
+        let pages = workload.pages(self.layout.contents())?;
+        let gpas: Vec<u64> = pages.iter().map(|page| u64::from(*page) * PAGE_SIZE).collect();
+        let parts = split(0..gpas.len() as u64, to_usize(self.layout.vcpus));
+        let part = |part: Range<u64>| match truly {
+            true => gpas[to_usize(part.start)..to_usize(part.end)].to_vec(),
+            false => Vec::new(),
+        };
+        if let Some(machine) = &mut self.machine {
+            machine.foretell(parts.into_iter().map(part).collect());
+        }
+        Ok(())
+    }
+
+    /// Touches what the guest needs beside the contents of its memory (code,
+    /// page tables, stacks, checksums), so that a workload misses contents only.
+    pub fn bring_fixed(&self) {
+        for page in 0..self.layout.contents().start {
+            self.memory.mapping.read_u64(to_usize(page * PAGE_SIZE));
+        }
     }
 
     /// Reads all of guest memory through the host's mapping and compares it

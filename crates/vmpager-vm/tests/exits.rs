@@ -4,8 +4,10 @@
 
 mod common;
 
+use std::time::Instant;
+
 use common::{config, cpus, restore_and_run, snapshot};
-use vmpager_vm::{Cpu, Delivery, RestoreMemory, VmConfig, Workload};
+use vmpager_vm::{Cpu, Delivery, RestoreMemory, Vm, VmConfig, Workload};
 
 fn have_kvm() -> bool {
     cpus().contains(&Cpu::Kvm)
@@ -51,4 +53,42 @@ fn the_fill_beside_it_and_its_end_are_no_matter() {
             assert!(stats.fallbacks <= 1 + stats.exits / 300, "{stats:?}");
         }
     }
+}
+
+/// Told that nothing will be missing, the delivery leaves every page to the
+/// userfaultfd: slow, and right.
+#[test]
+fn the_fallback_brings_every_page() {
+    if !have_kvm() {
+        return;
+    }
+    for vcpus in [1, 2] {
+        let (_dir, snapshot) = snapshot(&VmConfig { vcpus, ..config(Cpu::Kvm) });
+        let mut vm = Vm::restore(&snapshot, by_exits(false), Cpu::Kvm).unwrap();
+        let workload = Workload { touches: Some(300), write_every: 3, ..Workload::default() };
+        vm.foretell(&workload, false).unwrap();
+        let report = vm.run(&workload, Instant::now()).unwrap();
+        assert_eq!((report.mismatches, vm.verify_from_host().mismatches), (0, 0));
+        let stats = vm.exit_stats().unwrap();
+        println!("{vcpus} vCPUs: {stats:?}");
+        assert!(stats.installed == 0 && stats.fallbacks > 0, "{stats:?}");
+    }
+}
+
+/// What is foretold is brought without looking at the guest.
+#[test]
+fn foretold_pages_are_brought_in_turn() {
+    if !have_kvm() {
+        return;
+    }
+    let (_dir, snapshot) = snapshot(&VmConfig { vcpus: 2, ..config(Cpu::Kvm) });
+    let mut vm = Vm::restore(&snapshot, by_exits(false), Cpu::Kvm).unwrap();
+    let workload = Workload::default();
+    vm.bring_fixed();
+    vm.foretell(&workload, true).unwrap();
+    let report = vm.run(&workload, Instant::now()).unwrap();
+    assert_eq!((report.mismatches, vm.verify_from_host().mismatches), (0, 0));
+    let stats = vm.exit_stats().unwrap();
+    // The worker brought some as neighbours of what was fixed.
+    assert!(stats.installed * 10 >= report.pages * 9 && stats.fallbacks == 0, "{stats:?}");
 }

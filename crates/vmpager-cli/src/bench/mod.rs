@@ -1,6 +1,7 @@
 //! `vmpager bench`: measurements, side by side with the floor or a peer in one
 //! run.
 
+mod exit;
 mod fault;
 mod restore;
 
@@ -12,6 +13,9 @@ pub(crate) enum BenchCommand {
     /// One 4 KiB fault, and the fill of all memory, against bare loops in the
     /// same process.
     Fault(fault::FaultArgs),
+    /// Missing pages as vCPU exits, against vCPUs that wait in the kernel and
+    /// against an oracle that knows the next page.
+    Exit(exit::ExitArgs),
     /// A whole VM restored: eagerly, by mmap, on demand, against a handler
     /// that answers each fault with one page.
     Restore(restore::RestoreArgs),
@@ -20,6 +24,7 @@ pub(crate) enum BenchCommand {
 pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
     match command {
         BenchCommand::Fault(args) => fault::run(args),
+        BenchCommand::Exit(args) => exit::run(args),
         BenchCommand::Restore(args) => restore::run(args),
     }
 }

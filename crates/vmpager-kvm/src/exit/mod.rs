@@ -42,7 +42,9 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuExit, VcpuFd};
 use vmpager_core::{PageInstaller, Resolution};
 
-use crate::candidates::{CandidateFinder, Registers, VectorRegisters, XsaveLayout};
+use crate::candidates::{
+    CandidateFinder, GuestView, Missing, Registers, VectorRegisters, XsaveLayout,
+};
 
 use memory::PresentPages;
 pub use memory::{ExitMemory, GpaRange};
@@ -139,6 +141,7 @@ pub struct ExitDelivery<I> {
     installer: I,
     memory: Arc<ExitMemory>,
     finder: CandidateFinder,
+    foretold: Option<Foretold>,
     xsave: Xsave,
     syncs: bool,
     /// Where the last exit without a missing candidate was.
@@ -153,6 +156,14 @@ pub struct ExitDelivery<I> {
 struct Xsave {
     bytes: u32,
     layout: XsaveLayout,
+}
+
+/// The pages a vCPU will miss, known beforehand.
+#[derive(Debug)]
+struct Foretold {
+    pages: Vec<u64>,
+    /// Those before it are in place.
+    next: usize,
 }
 
 /// A copy of what tells what a vCPU was about to do.
@@ -191,9 +202,29 @@ impl<I: PageInstaller> ExitDelivery<I> {
             bytes: leaf.map_or(0, |leaf| leaf.ecx),
             layout: XsaveLayout::from_cpuid(cpuid),
         };
-        let stats = ExitStats::default();
-        let finder = CandidateFinder::new();
-        Ok(Self { installer, memory, finder, xsave, syncs, spot: None, tried: 0, stats })
+        Ok(Self {
+            installer,
+            memory,
+            finder: CandidateFinder::new(),
+            foretold: None,
+            xsave,
+            syncs,
+            spot: None,
+            tried: 0,
+            stats: ExitStats::default(),
+        })
+    }
+
+    /// For benchmarks, the floor of all exit delivery: neither registers nor
+    /// instructions are looked at, and a fault is taken for one on the first of
+    /// these gpas that is missing. On any other the delivery falls back.
+    pub fn foretell(&mut self, vcpu: &mut VcpuFd, pages: Vec<u64>) {
+        if std::mem::take(&mut self.syncs) {
+            for registers in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+                vcpu.clear_sync_valid_reg(registers);
+            }
+        }
+        self.foretold = Some(Foretold { pages, next: 0 });
     }
 
     /// What was done so far.
@@ -218,6 +249,10 @@ impl<I: PageInstaller> ExitDelivery<I> {
     /// [`ExitError`]: the guest cannot go on.
     pub fn after_fault(&mut self, vcpu: &VcpuFd) -> Result<Delivered, ExitError> {
         self.stats.exits += 1;
+        if let Some(page) = self.foretold_page() {
+            self.spot = None;
+            return self.bring(page);
+        }
         let state = self.state(vcpu)?;
         let registers = Registers {
             regs: &state.regs,
@@ -227,26 +262,55 @@ impl<I: PageInstaller> ExitDelivery<I> {
         };
         let view = PresentPages { installer: &self.installer, memory: &self.memory };
         let layout = &self.xsave.layout;
-        let missing = self.finder.missing(&registers, &view, || vector_registers(vcpu, layout));
-        if missing.pages().is_empty() {
+        let missing = match self.foretold {
+            Some(_) => None,
+            None => Some(self.finder.missing(&registers, &view, || vector_registers(vcpu, layout))),
+        };
+        let pages = missing.as_ref().map_or(&[][..], Missing::pages);
+        let Some((first, others)) = pages.split_first() else {
             return self.nothing_missing(&state.regs);
-        }
+        };
         self.spot = None;
-        for candidate in missing.pages() {
-            let Some(hva) = self.memory.hva(candidate.page) else { continue };
-            match self.installer.resolve(hva) {
-                Resolution::Installed => self.stats.installed += 1,
-                Resolution::Present | Resolution::Outside => {}
-                Resolution::Waiting => {
-                    self.stats.waited += 1;
-                    return Ok(Delivered::Waiting(candidate.page));
-                }
-                Resolution::Poisoned => return Ok(Delivered::Poisoned(candidate.page)),
-                Resolution::Filled => return self.complete(),
-                Resolution::Ended => return Err(ExitError::PagerEnded),
+        let delivered = self.bring(first.page)?;
+        // The vCPU was stopped by the first; the others would be next.
+        for other in others {
+            if let Some(hva) = self.memory.hva(other.page)
+                && self.installer.resolve(hva) == Resolution::Installed
+            {
+                self.stats.installed += 1;
             }
         }
+        Ok(delivered)
+    }
+
+    /// Brings the page that stopped the vCPU.
+    fn bring(&mut self, gpa: u64) -> Result<Delivered, ExitError> {
+        let Some(hva) = self.memory.hva(gpa) else { return Ok(Delivered::Resumed) };
+        match self.installer.resolve(hva) {
+            Resolution::Installed => self.stats.installed += 1,
+            Resolution::Present | Resolution::Outside => {}
+            Resolution::Waiting => {
+                self.stats.waited += 1;
+                return Ok(Delivered::Waiting(gpa));
+            }
+            Resolution::Poisoned => return Ok(Delivered::Poisoned(gpa)),
+            Resolution::Filled => return self.complete(),
+            Resolution::Ended => return Err(ExitError::PagerEnded),
+        }
         Ok(Delivered::Resumed)
+    }
+
+    /// The first of the foretold pages that is missing.
+    fn foretold_page(&mut self) -> Option<u64> {
+        let foretold = self.foretold.as_mut()?;
+        let view = PresentPages { installer: &self.installer, memory: &self.memory };
+        while let Some(page) = foretold.pages.get(foretold.next) {
+            if view.is_missing(*page) {
+                return Some(*page);
+            }
+            foretold.next += 1;
+        }
+        None
     }
 
     /// Pages nobody installed are the kernel's to make from now on.

@@ -45,6 +45,13 @@ impl Builtin {
         &mut self.0.vcpus
     }
 
+    /// Tells exit delivery, if there is one, what each vCPU will miss.
+    pub(crate) fn foretell(&mut self, parts: Vec<Vec<u64>>) {
+        for (vcpu, part) in self.0.vcpus.iter_mut().zip(parts) {
+            vcpu.foretell(part);
+        }
+    }
+
     pub(crate) fn exit_stats(&self) -> Option<ExitStats> {
         self.0.exit_stats()
     }

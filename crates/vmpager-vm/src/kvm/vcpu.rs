@@ -64,6 +64,13 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Tells exit delivery, if there is one, what will be missing.
+    pub(super) fn foretell(&mut self, pages: Vec<u64>) {
+        if let Some(exits) = &mut self.exits {
+            exits.foretell(&mut self.fd, pages);
+        }
+    }
+
     /// What exit delivery has done, if there is one.
     pub(crate) fn exit_stats(&self) -> Option<ExitStats> {
         self.exits.as_ref().map(|exits| exits.stats())
