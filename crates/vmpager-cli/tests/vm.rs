@@ -297,6 +297,19 @@ fn a_saved_vm_runs_on_in_every_way_and_more_than_once() {
     memory.write_all(b"X").unwrap();
     let output = restore(&files, &["--memory-mode", "mmap"]).wait_with_output().unwrap();
     assert_eq!(text(&output.stdout), "Xk");
+    let arguments: Vec<&str> =
+        ["restore"].into_iter().chain(files.iter().map(String::as_str)).collect();
+    for verified in
+        [&["--memory-mode", "eager"][..], &["--memory-mode", "mmap", "--verify"], &["--verify"]]
+    {
+        let error = failure(&[&arguments, verified].concat());
+        assert!(error.contains(&files[3]) && error.contains("0x200000 to 0x400000"), "{error}");
+    }
+    memory.seek(SeekFrom::Start(2 << 20)).unwrap();
+    memory.write_all(b"k").unwrap();
+    let output =
+        restore(&files, &["--memory-mode", "mmap", "--verify"]).wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout), "kk");
 }
 
 #[test]

@@ -101,6 +101,28 @@ pub enum VmError {
         /// The size in the state file.
         expected: u64,
     },
+    /// The memory file is not as it was written.
+    #[error(
+        "{path}: the crc32c of bytes {start:#x} to {end:#x} is {actual:#010x}, but its state file \
+         says {stated:#010x} ({damaged} of {pieces} such pieces differ): it was changed or \
+         damaged, or is that of another snapshot; use a good copy, or take the snapshot again"
+    )]
+    MemoryChecksum {
+        /// The memory file.
+        path: PathBuf,
+        /// Where the first piece that differs starts.
+        start: u64,
+        /// Where that piece ends.
+        end: u64,
+        /// Its checksum.
+        actual: u32,
+        /// Its checksum in the state file.
+        stated: u32,
+        /// How many pieces differ.
+        damaged: u64,
+        /// How many pieces there are.
+        pieces: u64,
+    },
     /// Guest memory could not be mapped.
     #[error("cannot map {bytes} bytes of guest memory: {error}")]
     Memory {

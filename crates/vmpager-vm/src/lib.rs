@@ -44,6 +44,7 @@
 //! | `threads` | the same work by host threads |
 //! | `workload`, `report` | what the guest is asked, what it answers |
 //! | `state_file` | all of a saved VM but its memory, versioned and checked |
+//! | `pieces` | the checksums of a memory file |
 //! | `snapshot`, `restore` | state and memory files, and the ways back from them |
 //! | `vm` | the VM with the built-in guest |
 //! | `run` | vCPU threads of a Linux guest |
@@ -63,6 +64,7 @@ mod linux;
 mod linux_vm;
 mod memory;
 mod parallel;
+mod pieces;
 mod report;
 mod restore;
 mod run;

@@ -139,6 +139,7 @@ impl LinuxVm {
                 cmdline: self.cmdline.clone(),
                 devices: self.ports.state(),
             }),
+            memory_crc32c: Vec::new(),
         };
         // Memory comes last: to answer, KVM may write to it.
         Snapshot::write(paths, state, &self.memory)

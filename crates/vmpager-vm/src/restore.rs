@@ -15,7 +15,7 @@ use vmpager_sys::uffd::{Features, Userfaultfd};
 
 use crate::device::to_usize;
 use crate::error::VmError;
-use crate::memory::{GuestMemory, Served, data_ranges};
+use crate::memory::{GuestMemory, Served};
 use crate::snapshot::Snapshot;
 
 /// How a vCPU's fault on a missing page is learned of.
@@ -32,7 +32,8 @@ pub enum Delivery {
 /// Where a restored VM's memory comes from.
 #[derive(Clone, Debug)]
 pub enum RestoreMemory {
-    /// Anonymous memory, all of it read from the file before the guest starts.
+    /// Anonymous memory, all of it read from the file before the guest starts,
+    /// and verified. With the others, that is [`Snapshot::verify_memory`]'s.
     Eager,
     /// A private mapping of the file.
     Mmap,
@@ -69,13 +70,12 @@ impl GuestMemory {
                 let file = File::open(path).map_err(VmError::file("open", path))?;
                 let mapping = Mapping::anonymous(len).map_err(cannot_map)?;
                 // Holes are zeroes, and so is fresh memory: they cost nothing.
-                for range in
-                    data_ranges(file.as_fd(), bytes).map_err(VmError::file("read", path))?
-                {
-                    mapping
-                        .read_from_file(file.as_fd(), to_usize(range.start)..to_usize(range.end))
-                        .map_err(VmError::file("read", path))?;
-                }
+                snapshot.read_verified(&file, |offset, chunk| {
+                    let offset = to_usize(offset);
+                    mapping.read_from_file(file.as_fd(), offset..offset + chunk.len())?;
+                    mapping.read(offset, chunk);
+                    Ok(())
+                })?;
                 Ok(Self::new(Arc::new(mapping), slots))
             }
             RestoreMemory::Mmap => {

@@ -184,6 +184,7 @@ impl Vm {
             memslots: self.memory.slots.clone(),
             guest: Guest::Builtin(BuiltinState { seed: self.seed, cpu, layout }),
             kvm,
+            memory_crc32c: Vec::new(),
         };
         Snapshot::write(paths, state, &self.memory)
     }

@@ -32,6 +32,10 @@ pub(crate) struct RestoreArgs {
     /// How memory comes back.
     #[arg(long, value_enum, default_value_t = MemoryMode::OnDemand)]
     memory_mode: MemoryMode,
+    /// First read the whole memory file and refuse it if it is damaged. Eager
+    /// does so anyway; without this the others notice no damage.
+    #[arg(long)]
+    verify: bool,
     /// Hand absent memory to the pager that listens here (`vmpager serve`);
     /// without it, this process brings it.
     #[arg(long, value_name = "SOCKET")]
@@ -57,7 +61,7 @@ pub(crate) struct RestoreArgs {
 /// How memory comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum MemoryMode {
-    /// All of it is read before the guest runs.
+    /// All of it is read, and verified, before the guest runs.
     Eager,
     /// The file is mapped, privately.
     Mmap,
@@ -89,6 +93,9 @@ pub(super) fn run(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
     let control = args.control.as_deref().map(ControlSocket::bind).transpose()?;
     let paths = SnapshotPaths { state: args.state.clone(), memory: args.memory.clone() };
     let snapshot = Snapshot::open(&paths)?;
+    if args.verify && !matches!(from, RestoreMemory::Eager) {
+        snapshot.verify_memory()?;
+    }
     let vm = LinuxVm::restore(&snapshot, from, session::console_output(args.json))?;
     let vcpus = snapshot.vcpus();
     let session = Session { vm, vcpus, control, started, made_ms: since(started) };

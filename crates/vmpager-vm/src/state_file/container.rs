@@ -7,8 +7,12 @@ use serde_json::value::RawValue;
 /// The version this program writes, and the only one it reads.
 const VERSION: u64 = 2;
 
-/// No state file is longer: 64 vCPUs of 256 KiB.
-pub const MAX_STATE_BYTES: usize = 16 << 20;
+/// No state file is longer: 64 vCPUs of 256 KiB, and 16 bytes for the checksum of
+/// each 2 MiB of [`MAX_MEMORY_BYTES`].
+pub const MAX_STATE_BYTES: usize = 24 << 20;
+
+/// No memory file is longer.
+pub(crate) const MAX_MEMORY_BYTES: u64 = 1 << 40;
 
 /// Why some bytes are no state of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -4,14 +4,17 @@
 //! {
 //!   "version": 2,
 //!   "crc32c": "0x1b7a3c5d",
-//!   "body": { "memory_bytes": …, "memslots": […], "guest": {…}, "kvm": {…} }
+//!   "body": {
+//!     "memory_bytes": …, "memslots": […], "guest": {…}, "kvm": {…}, "memory_crc32c": […]
+//!   }
 //! }
 //! ```
 //!
 //! The checksum is that of the body's bytes as they stand in the file, from its
 //! opening to its closing brace. Nothing of the body is looked at before version
 //! and checksum are right; then everything in it must be known, be of its type
-//! and fit the rest.
+//! and fit the rest. `memory_crc32c` has the checksum of each 2 MiB of the memory
+//! file.
 
 mod container;
 #[cfg(test)]
@@ -19,6 +22,7 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::container::MAX_MEMORY_BYTES;
 pub use self::container::{MAX_STATE_BYTES, StateError};
 use crate::PAGE_SIZE;
 use crate::devices::DevicesState;
@@ -26,6 +30,7 @@ use crate::kvm::KvmState;
 use crate::layout::Layout;
 use crate::linux::MAX_VCPUS;
 use crate::memory::Memslot;
+use crate::pieces::pieces;
 use crate::vm::CpuKind;
 
 /// All of a saved VM but its memory.
@@ -39,6 +44,9 @@ pub struct VmState {
     /// Absent if host threads prepared the built-in guest, which then starts
     /// afresh.
     pub(crate) kvm: Option<KvmState>,
+    /// The checksums of the memory file's pieces; a snapshot has them once its
+    /// memory is written.
+    pub(crate) memory_crc32c: Vec<u32>,
 }
 
 /// What runs in the VM.
@@ -118,6 +126,14 @@ impl VmState {
                 self.memslots
             );
             return Err(StateError::field("memslots", problem));
+        }
+        let checksums = self.memory_crc32c.len() as u64;
+        if checksums != pieces(bytes) {
+            let problem = format!(
+                "{checksums} entries, but memory_bytes {bytes} has {} pieces of 2 MiB",
+                pieces(bytes)
+            );
+            return Err(StateError::field("memory_crc32c", problem));
         }
         match &self.guest {
             Guest::Builtin(guest) => self.check_builtin(guest),

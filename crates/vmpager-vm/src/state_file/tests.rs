@@ -23,6 +23,11 @@ fn kvm(vcpus: usize, irqchip: bool) -> impl Strategy<Value = KvmState> {
     })
 }
 
+/// As many as there must be, and as long as they get.
+fn checksums(memory_bytes: u64) -> Vec<u32> {
+    (0..pieces(memory_bytes)).map(|piece| u32::MAX - u32::try_from(piece).unwrap()).collect()
+}
+
 fn builtin() -> impl Strategy<Value = VmState> {
     let guest = (any::<Option<u64>>(), any::<bool>(), 2_u64..40, 1_u8..4, 1_u64..500);
     guest.prop_flat_map(|(seed, by_kvm, large_pages, vcpus, pages)| {
@@ -36,6 +41,7 @@ fn builtin() -> impl Strategy<Value = VmState> {
             memslots: Memslot::flat(memory_bytes),
             guest: guest.clone(),
             kvm,
+            memory_crc32c: checksums(memory_bytes),
         })
     })
 }
@@ -53,6 +59,7 @@ fn linux() -> impl Strategy<Value = VmState> {
             memslots: Memslot::around_the_hole(memory_bytes),
             guest: guest.clone(),
             kvm: Some(kvm),
+            memory_crc32c: checksums(memory_bytes),
         })
     })
 }
@@ -163,6 +170,8 @@ fn parts_that_do_not_fit_each_other_are_named() {
     assert!(error.contains("memory_bytes: 4095"), "{error}");
     let error = change(&linux, |state| state.memory_bytes += 4096);
     assert!(error.contains("memslots: "), "{error}");
+    let error = change(&linux, |state| state.memory_crc32c.truncate(1));
+    assert!(error.contains("memory_crc32c: 1 entries"), "{error}");
     let error = change(&linux, |state| state.kvm = None);
     assert!(error.contains("kvm: absent"), "{error}");
     let error = change(&linux, |state| state.kvm.as_mut().unwrap().vcpus.clear());
