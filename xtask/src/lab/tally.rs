@@ -52,6 +52,10 @@ pub(super) struct Tally {
     skipped: usize,
     missing: usize,
     failures: Vec<String>,
+    /// Failures of tests that passed when they were run again.
+    unstable: Vec<String>,
+    /// Those that did not pass, by name.
+    not_passed: Vec<String>,
 }
 
 impl<'a> Run<'a> {
@@ -158,7 +162,13 @@ impl<'a> Run<'a> {
             }
         }
         let missing = self.outcomes.iter().filter(|outcome| outcome.is_none()).count();
-        Tally { runs: 1, passed, failed, skipped, missing, failures: self.failures }
+        let outcomes = self.cases.iter().zip(&self.outcomes);
+        let not_passed = outcomes
+            .filter(|(_, outcome)| outcome.as_ref() != Some(&Outcome::Passed))
+            .map(|(case, _)| case.name.clone())
+            .collect();
+        let (failures, unstable) = (self.failures, Vec::new());
+        Tally { runs: 1, passed, failed, skipped, missing, failures, unstable, not_passed }
     }
 }
 
@@ -170,6 +180,38 @@ impl Tally {
         self.skipped += run.skipped;
         self.missing += run.missing;
         self.failures.extend(run.failures);
+        self.unstable.extend(run.unstable);
+        self.not_passed.extend(run.not_passed);
+    }
+
+    /// The tests to run again, should this run be given another chance: those
+    /// that did not pass or, if it is the machine that failed, all of them.
+    pub(super) fn again(&self, cases: &[Case]) -> Vec<Case> {
+        let wanted =
+            |case: &&Case| self.not_passed.is_empty() || self.not_passed.contains(&case.name);
+        match self.failures.is_empty() {
+            true => Vec::new(),
+            false => cases.iter().filter(wanted).cloned().collect(),
+        }
+    }
+
+    /// The tests of this run that did not pass were run again. If they passed
+    /// now, what went wrong is told, and no failure.
+    pub(super) fn second_chance(&mut self, again: Self) {
+        if again.failures.is_empty() {
+            self.unstable.append(&mut self.failures);
+            self.passed += self.failed + self.missing;
+            (self.failed, self.missing) = (0, 0);
+            self.not_passed.clear();
+        } else {
+            self.failures.extend(again.failures);
+        }
+        self.runs += again.runs;
+    }
+
+    /// What went wrong once, and not again.
+    pub(super) fn unstable(&self) -> &[String] {
+        &self.unstable
     }
 
     /// Everything that is wrong; nothing else makes the lab a success.
@@ -190,7 +232,7 @@ impl fmt::Display for Tally {
         let Self { runs, passed, failed, skipped, missing, .. } = self;
         let tests = passed + failed + skipped + missing;
         write!(f, "{tests} tests in {runs} runs: {passed} passed, {failed} failed, ")?;
-        write!(f, "{skipped} skipped, {missing} did not run")
+        write!(f, "{skipped} skipped, {missing} did not run, {} unstable", self.unstable.len())
     }
 }
 
@@ -272,6 +314,33 @@ mod tests {
         let mut lines = GOOD.to_vec();
         lines.insert(3, "end one passed 5");
         assert_eq!(failures(&lines, &[]), ["one ended, and had not begun"]);
+    }
+
+    fn tally(protocol: &[&str]) -> Tally {
+        let cases = cases();
+        let mut run = Run::new(&cases);
+        for line in protocol {
+            run.protocol(line);
+        }
+        run.end()
+    }
+
+    #[test]
+    fn a_second_chance_forgives_and_does_not_forget() {
+        let mut lines = GOOD;
+        lines[2] = "end one failed 5";
+        let mut first = tally(&lines);
+        let names: Vec<String> = first.again(&cases()).into_iter().map(|case| case.name).collect();
+        assert_eq!(names, ["one"]);
+        first.second_chance(tally(&GOOD));
+        assert!(first.failures().is_empty());
+        assert_eq!(first.unstable(), ["one failed"]);
+        assert_eq!((first.passed, first.failed), (2, 0));
+
+        let mut first = tally(&lines);
+        first.second_chance(tally(&lines));
+        assert_eq!(first.failures().len(), 2);
+        assert!(tally(&GOOD).again(&cases()).is_empty());
     }
 
     #[test]

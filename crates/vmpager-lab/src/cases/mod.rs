@@ -61,6 +61,18 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case(
         "restore",
+        "restored_on_demand_by_exits_it_goes_on",
+        90,
+        restore::restored_on_demand_by_exits_it_goes_on,
+    ),
+    case(
+        "restore",
+        "restored_on_demand_by_exits_with_fill_it_goes_on",
+        90,
+        restore::restored_on_demand_by_exits_with_fill_it_goes_on,
+    ),
+    case(
+        "restore",
         "restored_through_serve_it_goes_on",
         90,
         restore::restored_through_serve_it_goes_on,

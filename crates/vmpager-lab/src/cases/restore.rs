@@ -53,6 +53,16 @@ pub(super) fn restored_on_demand_with_fill_it_goes_on(lab: &Lab) -> anyhow::Resu
     restores(lab, &Saved::shared(lab, &TWO)?, &["on-demand", "--background-fill"])
 }
 
+/// Each vCPU's thread installs what it misses, on a write-only view.
+pub(super) fn restored_on_demand_by_exits_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    restores(lab, &Saved::shared(lab, &TWO)?, &["on-demand", "--delivery", "exit"])
+}
+
+pub(super) fn restored_on_demand_by_exits_with_fill_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    let mode = ["on-demand", "--delivery", "exit", "--background-fill"];
+    restores(lab, &Saved::shared(lab, &TWO)?, &mode)
+}
+
 pub(super) fn restored_through_serve_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
     let saved = Saved::shared(lab, &TWO)?;
     let serve = Serve::start(lab, &saved.memory, &[])?;
