@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 const VERSION: u64 = 2;
 
 /// No state file is longer: 64 vCPUs of 256 KiB, and 16 bytes for the checksum of
-/// each 2 MiB of [`MAX_MEMORY_BYTES`].
+/// each 2 MiB of the largest memory that is saved.
 pub const MAX_STATE_BYTES: usize = 24 << 20;
 
 /// No memory file is longer.
