@@ -3,7 +3,7 @@
 //!
 //! Claims and present bits are set by whoever is first. Removals are not:
 //! between an installer's look at its claim ([`Pages::still_claimed`]) and its
-//! install no removal may be *applied* ([`Pages::zeroed`]), or bytes of the
+//! install no removal may be *applied* (`Pages::zeroed`), or bytes of the
 //! source would come back to life (I3). An engine alone is one thread; several
 //! installers need a gate, shared by those who install, held alone by who
 //! reads events and applies them.
