@@ -309,3 +309,32 @@ fn trap_2_a_page_that_vanishes_just_after_its_install_is_installed_again() {
     let stats = pager.stats();
     println!("{} pages had vanished", stats.faults_confirmed);
 }
+
+/// A removal that comes in the middle of a piece of the fill: pages further on
+/// in the same piece, given back by it, must not get their old bytes.
+#[test]
+fn a_piece_of_the_fill_ends_where_a_removal_interrupts_it() {
+    begin!();
+    const PAGES: usize = 2048;
+    let mut interrupted = 0;
+    for round in 0..400 {
+        let memory = mapping(PAGES);
+        let pager = Pager::builder(numbered(PAGES)).region(&range(&memory), 0).start().unwrap();
+        let mut random = Random::new(round + 1);
+        // All at once, and then a look at each.
+        let removed: Vec<usize> = (0..4).map(|i| i * 512 + 384 + random.below(128)).collect();
+        pager.fill();
+        for at in &removed {
+            memory.discard(at * PAGE..(at + 1) * PAGE).unwrap();
+        }
+        for at in &removed {
+            assert_eq!(page(&memory, at * PAGE), Holds::Zero, "page {at}, round {round}");
+        }
+        assert!(pager.wait_filled(LIMIT));
+        for at in removed {
+            assert_eq!(page(&memory, at * PAGE), Holds::Zero, "page {at}, round {round}");
+        }
+        interrupted += pager.stats().retries;
+    }
+    println!("{interrupted} installs put off");
+}
