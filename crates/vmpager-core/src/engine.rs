@@ -7,13 +7,14 @@
 //! The life of a fetch:
 //!
 //! ```text
-//!   fault / next_fill -> Fetch(run)       the run is claimed
+//!   fault / next_neighbours / next_fill -> Fetch(run)       the run is claimed
 //!       -> read; for each of still_claimed(run): install
 //!             -> installed(part)          present
 //!             -> released(part)           could not now: ask again
 //!             -> poisoned(part)           cannot ever
 //! ```
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::addr::{ByteRange, Hva, PageRun, PageSize};
@@ -46,13 +47,29 @@ pub enum FaultPlan {
     Poisoned(u64),
 }
 
-/// The next step of the background fill.
+/// Pages to bring in though nobody waits for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FillPlan {
+pub enum Piece {
     /// Read these pages and install them; they are claimed.
     Fetch(PageRun),
     /// Install zeroes.
     Zero(PageRun),
+}
+
+impl Piece {
+    /// The pages.
+    pub fn run(&self) -> PageRun {
+        match self {
+            Self::Fetch(run) | Self::Zero(run) => *run,
+        }
+    }
+}
+
+/// The next step of the background fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FillPlan {
+    /// Bring these in.
+    Bring(Piece),
     /// Nothing left to claim, but reads are still in flight.
     Wait,
     /// Every page that shall have memory has it.
@@ -64,10 +81,17 @@ pub enum FillPlan {
 pub struct Engine<W> {
     pages: Arc<Pages<W>>,
     neighbours: Neighbours,
+    /// The windows around pages somebody waited for, without what was brought
+    /// in of them already.
+    windows: VecDeque<PageRun>,
     pace: FillPace,
     /// No page below this is `Source`, or a hole whose turn has not come.
     cursor: u64,
 }
+
+/// The most windows kept: half as many as faults are read at a time. Faults
+/// that come faster need no neighbours to keep their threads going.
+const MAX_WINDOWS: usize = 32;
 
 /// Base pages in 2 MiB.
 const HUGE_PAGE: u64 = 512;
@@ -80,6 +104,7 @@ impl<W: Words> Engine<W> {
         Self {
             pages: Arc::new(Pages::new(slots, words)),
             neighbours: Neighbours::new(neighbours, count),
+            windows: VecDeque::new(),
             pace: FillPace::new(),
             cursor: 0,
         }
@@ -132,13 +157,17 @@ impl<W: Words> Engine<W> {
                         continue; // somebody else was faster: look again
                     }
                     let down = self.pages.map().claim_down(page, page - window.first);
-                    return FaultPlan::Fetch { page, run: PageRun::new(page - down, down + up) };
+                    let run = PageRun::new(page - down, down + up);
+                    self.bring_later(window, run);
+                    return FaultPlan::Fetch { page, run };
                 }
                 Content::Claimed => return FaultPlan::InFlight(page),
                 Content::Zero => {
                     let window = self.window(page);
                     let count = self.pages.map().alike_from(page, window.end() - page);
-                    return FaultPlan::Zero(PageRun::new(page, count));
+                    let run = PageRun::new(page, count);
+                    self.bring_later(window, run);
+                    return FaultPlan::Zero(run);
                 }
                 Content::Poisoned => return FaultPlan::Poisoned(page),
             }
@@ -153,6 +182,29 @@ impl<W: Words> Engine<W> {
         }
     }
 
+    /// Remembers a window, of which `run` is brought in at once: that ends at
+    /// the first page that is in place, or of another kind.
+    fn bring_later(&mut self, window: PageRun, run: PageRun) {
+        if window == run {
+            return;
+        }
+        if self.windows.len() == MAX_WINDOWS {
+            self.windows.pop_front();
+        }
+        self.windows.push_back(window);
+    }
+
+    /// The next pages near those that somebody waited for, `most` at most.
+    pub fn next_neighbours(&mut self, most: u64) -> Option<Piece> {
+        while let Some(window) = self.windows.pop_front() {
+            if let Some(piece) = self.next_piece(window, most) {
+                self.windows.push_front(tail(window, piece.run().end()));
+                return Some(piece);
+            }
+        }
+        None
+    }
+
     /// How many base pages the background fill may bring in before faults are
     /// looked for again.
     pub fn fill_piece(&mut self) -> u64 {
@@ -160,42 +212,41 @@ impl<W: Words> Engine<W> {
     }
 
     /// The next pages to fill, `most` at most (and at least one huge page, in
-    /// slots of such): claimed, if they are to be fetched.
+    /// slots of such).
     pub fn next_fill(&mut self, most: u64) -> FillPlan {
-        let source = self.pages.map().next_source(self.cursor);
-        let hole = self.pages.map().next_holes(self.cursor);
-        match (source, hole) {
-            (Some(page), Some(hole)) if hole.first < page => self.fill_hole(hole, most),
-            (Some(page), _) => self.fill_from(page, most),
-            (None, Some(hole)) => self.fill_hole(hole, most),
-            (None, None) => {
-                self.cursor = self.pages.map().pages();
-                if self.pages.is_complete() { FillPlan::Complete } else { FillPlan::Wait }
+        let all = PageRun::new(0, self.pages.map().pages());
+        if let Some(piece) = self.next_piece(tail(all, self.cursor), most) {
+            self.cursor = piece.run().end();
+            return FillPlan::Bring(piece);
+        }
+        self.cursor = all.end();
+        if self.pages.is_complete() { FillPlan::Complete } else { FillPlan::Wait }
+    }
+
+    /// The first pages of a run that shall have memory and that nobody brings
+    /// in: claimed, if they are to be fetched.
+    fn next_piece(&self, within: PageRun, most: u64) -> Option<Piece> {
+        let map = self.pages.map();
+        loop {
+            let source = map.next_source(within);
+            let hole = map.next_holes(within);
+            let first = source.into_iter().chain(hole.map(|run| run.first)).min()?;
+            let (slot, bounds) = self.pages.slots().slot_of(first);
+            let most = match slot.page_size {
+                // Never across 2 MiB: one slow read holds up no more.
+                PageSize::Size4K => most.min(HUGE_PAGE - first % HUGE_PAGE),
+                PageSize::Size2M => 1,
+            };
+            let most = most.min(bounds.end().min(within.end()) - first);
+            if let Some(hole) = hole.filter(|hole| hole.first == first) {
+                return Some(Piece::Zero(PageRun::new(first, hole.count.min(most))));
+            }
+            let count = map.claim_up(first, most);
+            // None, if somebody else was faster: look again.
+            if count > 0 {
+                return Some(Piece::Fetch(PageRun::new(first, count)));
             }
         }
-    }
-
-    fn fill_from(&mut self, first: u64, most: u64) -> FillPlan {
-        let (slot, bounds) = self.pages.slots().slot_of(first);
-        let most = match slot.page_size {
-            // Never across 2 MiB: one slow read holds up no more.
-            PageSize::Size4K => most.min(HUGE_PAGE - first % HUGE_PAGE),
-            PageSize::Size2M => 1,
-        };
-        let count = self.pages.map().claim_up(first, most.min(bounds.end() - first));
-        self.cursor = first + count;
-        match count {
-            0 => FillPlan::Wait, // somebody else was faster
-            _ => FillPlan::Fetch(PageRun::new(first, count)),
-        }
-    }
-
-    fn fill_hole(&mut self, hole: PageRun, most: u64) -> FillPlan {
-        let (_, bounds) = self.pages.slots().slot_of(hole.first);
-        let count = hole.count.min(most).min(bounds.end() - hole.first);
-        let run = PageRun::new(hole.first, count);
-        self.cursor = run.end();
-        FillPlan::Zero(run)
     }
 
     /// The parts of a claimed run that nobody took away meanwhile: only these
@@ -256,4 +307,9 @@ impl<W: Words> Engine<W> {
             }
         }
     }
+}
+
+/// The pages of a run from one of them on.
+fn tail(run: PageRun, page: u64) -> PageRun {
+    PageRun::new(page, run.end() - page)
 }

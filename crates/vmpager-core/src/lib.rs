@@ -28,7 +28,7 @@ pub mod source;
 mod sync;
 
 pub use addr::{ByteRange, Hva, PageRun, PageSize};
-pub use engine::{Engine, FaultPlan, FillPlan};
+pub use engine::{Engine, FaultPlan, FillPlan, Piece};
 pub use installer::{PageInstaller, Resolution};
 pub use page_map::{Content, PageMap, Words};
 pub use pages::Pages;

@@ -304,11 +304,11 @@ impl<W: Words> PageMap<W> {
         count
     }
 
-    /// The first absent page at or after `from` whose bytes are still to be
-    /// fetched by somebody (`Source`).
-    pub fn next_source(&self, from: u64) -> Option<u64> {
-        let mut page = from;
-        while page < self.pages {
+    /// The first absent page of a run whose bytes are still to be fetched by
+    /// somebody (`Source`).
+    pub fn next_source(&self, within: PageRun) -> Option<u64> {
+        let mut page = within.first;
+        while page < within.end() {
             let word = page / 32;
             let seen = self.content_word(word).load(Ordering::Acquire);
             let present = self.present_word(word / 2).load(Ordering::Acquire);
@@ -316,7 +316,7 @@ impl<W: Words> PageMap<W> {
             let free = (!taken & EVEN) >> (2 * (page % 32));
             if free != 0 {
                 let found = page + u64::from(free.trailing_zeros() / 2);
-                return (found < self.pages).then_some(found);
+                return (found < within.end()).then_some(found);
             }
             page = (word + 1) * 32;
         }
@@ -341,16 +341,17 @@ impl<W: Words> PageMap<W> {
             .sum()
     }
 
-    /// The first run of pages in a hole, within one word of the map, at or
-    /// after `from`.
-    pub fn next_holes(&self, from: u64) -> Option<PageRun> {
-        let mut page = from;
-        while page < self.pages {
+    /// The first pages of a run that lie in a hole, within one word of the map.
+    pub fn next_holes(&self, within: PageRun) -> Option<PageRun> {
+        let mut page = within.first;
+        while page < within.end() {
             let left = self.hole_word(page / 64).load(Ordering::Acquire) >> (page % 64);
             if left != 0 {
                 let skip = left.trailing_zeros();
-                let count = (left >> skip).trailing_ones();
-                return Some(PageRun::new(page + u64::from(skip), count.into()));
+                let first = page + u64::from(skip);
+                let count = u64::from((left >> skip).trailing_ones());
+                let inside = within.end().checked_sub(first).filter(|pages| *pages > 0)?;
+                return Some(PageRun::new(first, count.min(inside)));
             }
             page = (page / 64 + 1) * 64;
         }

@@ -3,8 +3,9 @@
 //! A page costs a fraction of a fault: most of a fault is the way to the pager
 //! and back. [`Neighbours`] therefore widens the install around a fault, but
 //! only where the guest has shown interest, so that a VM that touches little
-//! stays small. [`FillPace`] sizes the pieces of the background fill so that a
-//! demand fault never waits long behind one.
+//! stays small: `n` faults in 2 MiB bring in fewer than 2^n pages there, and
+//! none elsewhere. [`FillPace`] sizes the pieces of the background fill so that
+//! a demand fault never waits long behind one.
 
 use crate::addr::PageRun;
 

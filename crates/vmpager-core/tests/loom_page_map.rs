@@ -195,7 +195,7 @@ fn a_publish_does_not_resurrect_zero() {
         assert_eq!(map.content(0), Content::Zero);
         publisher.join().unwrap();
         assert_eq!(map.content(0), Content::Zero);
-        assert_eq!(map.next_source(0), None);
+        assert_eq!(map.next_source(PageRun::new(0, map.pages())), None);
         assert!(map.is_present(1));
     });
 }
@@ -244,7 +244,7 @@ fn a_released_page_is_not_lost() {
         let mut owners = claimers.map(|c| c.join().unwrap()).to_vec();
         owners.push(late);
         // Page 1 may be left over if `late` was stopped at page 0.
-        let rest = map.next_source(0);
+        let rest = map.next_source(PageRun::new(0, map.pages()));
         if let Some(page) = rest {
             assert_eq!(page, 1);
             assert_eq!(late.count, 0);
@@ -291,7 +291,7 @@ fn a_hole_is_counted_once() {
             [|m| m.clear_holes(PageRun::new(62, 3)), |m| m.clear_holes(PageRun::new(63, 3))],
         );
         assert_eq!(counts.iter().sum::<u64>(), 4, "{counts:?}");
-        assert_eq!(map.next_holes(0), None);
+        assert_eq!(map.next_holes(PageRun::new(0, map.pages())), None);
     });
 }
 
@@ -313,7 +313,7 @@ fn holes_do_not_disturb_their_neighbours() {
             ],
         );
         assert_eq!(counts, [1, 0, 1]);
-        assert_eq!(map.next_holes(0), Some(one(3)));
+        assert_eq!(map.next_holes(PageRun::new(0, map.pages())), Some(one(3)));
     });
 }
 
@@ -339,9 +339,9 @@ fn a_hole_filled_and_given_back_stays_zero() {
             ],
         );
         assert_eq!(filled + given_back, 2);
-        assert_eq!(map.next_holes(0), None);
+        assert_eq!(map.next_holes(PageRun::new(0, map.pages())), None);
         assert_eq!([map.content(0), map.content(1)], [Content::Zero; 2]);
-        assert_eq!(map.next_source(0), None);
+        assert_eq!(map.next_source(PageRun::new(0, map.pages())), None);
         assert!(map.is_present(1));
     });
 }

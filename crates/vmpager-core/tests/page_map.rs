@@ -93,8 +93,8 @@ impl Oracle {
         count
     }
 
-    fn next_source(&self, from: u64) -> Option<u64> {
-        (from..self.pages.len() as u64).find(|&p| self.is_free(p))
+    fn next_source(&self, within: PageRun) -> Option<u64> {
+        within.pages().find(|&p| self.is_free(p))
     }
 
     fn mark_holes(&mut self, run: PageRun) {
@@ -109,12 +109,11 @@ impl Oracle {
         count
     }
 
-    /// Ends where the hole does, or the word.
-    fn next_holes(&self, from: u64) -> Option<PageRun> {
+    /// Ends where the hole does, or the word, or the run.
+    fn next_holes(&self, within: PageRun) -> Option<PageRun> {
         let hole = |&p: &u64| self.holes[usize::try_from(p).unwrap()];
-        let pages = self.holes.len() as u64;
-        let first = (from..pages).find(hole)?;
-        let end = pages.min((first / 64 + 1) * 64);
+        let first = within.pages().find(hole)?;
+        let end = within.end().min((first / 64 + 1) * 64);
         Some(PageRun::new(first, (first..end).take_while(hole).count() as u64))
     }
 
@@ -132,11 +131,11 @@ enum Op {
     Poison(PageRun),
     Publish(PageRun),
     MarkZero(PageRun),
-    NextSource(u64),
+    NextSource(PageRun),
     AlikeFrom(u64, u64),
     MarkHoles(PageRun),
     ClearHoles(PageRun),
-    NextHoles(u64),
+    NextHoles(PageRun),
 }
 
 fn page_counts() -> impl Strategy<Value = u64> {
@@ -173,11 +172,11 @@ fn op(pages: u64) -> impl Strategy<Value = Op> {
         1 => run(pages).prop_map(Op::Poison),
         2 => run(pages).prop_map(Op::Publish),
         1 => run(pages).prop_map(Op::MarkZero),
-        2 => max(pages).prop_map(Op::NextSource),
+        2 => run(pages).prop_map(Op::NextSource),
         2 => (page(), max(pages)).prop_map(|(p, n)| Op::AlikeFrom(p, n.max(1))),
         2 => run(pages).prop_map(Op::MarkHoles),
         1 => run(pages).prop_map(Op::ClearHoles),
-        2 => max(pages).prop_map(Op::NextHoles),
+        2 => run(pages).prop_map(Op::NextHoles),
     ]
 }
 
@@ -217,8 +216,8 @@ proptest! {
                 Op::MarkZero(run) => {
                     prop_assert_eq!(map.mark_zero(run), oracle.mark_zero(run), "{:?}", op);
                 }
-                Op::NextSource(from) => {
-                    prop_assert_eq!(map.next_source(from), oracle.next_source(from), "{:?}", op);
+                Op::NextSource(run) => {
+                    prop_assert_eq!(map.next_source(run), oracle.next_source(run), "{:?}", op);
                 }
                 Op::AlikeFrom(first, max) => {
                     let expected = oracle.alike_from(first, max);
@@ -231,8 +230,8 @@ proptest! {
                 Op::ClearHoles(run) => {
                     prop_assert_eq!(map.clear_holes(run), oracle.clear_holes(run), "{:?}", op);
                 }
-                Op::NextHoles(from) => {
-                    prop_assert_eq!(map.next_holes(from), oracle.next_holes(from), "{:?}", op);
+                Op::NextHoles(run) => {
+                    prop_assert_eq!(map.next_holes(run), oracle.next_holes(run), "{:?}", op);
                 }
             }
             for page in 0..pages {
@@ -287,8 +286,8 @@ fn an_empty_map_is_harmless() {
     let map = map(0);
     assert_eq!(map.claim_up(0, 5), 0);
     assert_eq!(map.claim_down(0, 5), 0);
-    assert_eq!(map.next_source(0), None);
-    assert_eq!(map.next_holes(0), None);
+    assert_eq!(map.next_source(PageRun::new(0, 0)), None);
+    assert_eq!(map.next_holes(PageRun::new(0, 0)), None);
     assert_eq!(map.clear_holes(PageRun::new(0, 0)), 0);
     assert_eq!(map.count_present(), 0);
     assert_eq!(map.mark_zero(PageRun::new(0, 0)), 0);

@@ -293,22 +293,30 @@ impl Worker {
 
     /// Serves the memories that faulted lately, and those with retries due.
     fn serve_hot(&mut self) -> Work {
-        let mut served = 0;
+        let served = self.each_hot(Served::serve);
+        // Only while no fault is pending: a page somebody waits for goes first.
+        if !served && !self.each_hot(Served::bring_neighbours) {
+            return Work::None;
+        }
+        self.polling.served(Instant::now());
+        self.demanded |= served;
+        Work::Served
+    }
+
+    /// Has the memories that faulted lately do something. Whether any of them
+    /// did.
+    fn each_hot(&mut self, work: fn(&mut Served, &mut Reads) -> Result<bool, Lost>) -> bool {
+        let mut done = false;
         let mut index = 0;
         while let Some(&id) = self.hot.get(index) {
             index += 1;
             let Some(memory) = self.memories.get_mut(&id) else { continue };
-            match memory.serve(&mut self.reads) {
-                Ok(n) => served += n,
+            match work(memory, &mut self.reads) {
+                Ok(did) => done |= did,
                 Err(lost) => self.lose(id, lost),
             }
         }
-        if served == 0 {
-            return Work::None;
-        }
-        self.polling.served(Instant::now());
-        self.demanded = true;
-        Work::Served
+        done
     }
 
     /// Learns what happened elsewhere.

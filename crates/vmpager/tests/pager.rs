@@ -73,6 +73,33 @@ fn a_page_is_fetched_when_touched_and_not_before() {
     assert!(stats.stall_max_us > 0.0, "{stats:?}");
 }
 
+/// The window of a fault is brought in as a whole: before and behind what is
+/// in place already, and holes of the file too.
+#[test]
+fn neighbours_come_from_the_whole_window() {
+    begin!();
+    let hole = ByteRange::new(5 << 12, 2 << 12);
+    let source = Arc::new(MemorySource::numbered(512).with_zero_ranges(vec![hole]));
+    let memory = mapping(512);
+    let pager =
+        Pager::builder(source).region(&range(&memory), 0).neighbours(window(0)).start().unwrap();
+    // Windows of 1, 2, 4, ... pages, aligned; each brings what comes with it.
+    for (touched, pages) in [(0, 1), (2, 3), (8, 7), (16, 15), (32, 31), (1, 48)] {
+        memory.read_u64(touched * PAGE);
+        eventually("the window", || {
+            let stats = pager.stats();
+            stats.pages_demand + stats.pages_neighbour + stats.pages_zero == pages
+        });
+    }
+    for offset in (0..48 * PAGE).step_by(PAGE) {
+        let hole = (5 * PAGE..7 * PAGE).contains(&offset);
+        let expected = if hole { Holds::Zero } else { Holds::Source(offset) };
+        assert_eq!(page(&memory, offset), expected, "{offset:#x}");
+    }
+    let stats = pager.stats();
+    assert_eq!((stats.faults, stats.pages_zero), (6, 2), "{stats:?}");
+}
+
 #[test]
 fn regions_in_any_order_of_addresses_and_offsets_are_told_apart() {
     begin!();

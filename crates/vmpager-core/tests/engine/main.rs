@@ -9,7 +9,7 @@ mod world;
 
 use proptest::prelude::*;
 use vmpager_core::prefetch::NeighbourPolicy;
-use vmpager_core::{ByteRange, FillPlan, Hva, PageRun, PageSize, Slot};
+use vmpager_core::{ByteRange, FillPlan, Hva, PageRun, PageSize, Piece, Slot};
 
 use script::{layout, policy, step};
 use world::{Outcome, World};
@@ -107,7 +107,7 @@ fn a_page_lost_silently_becomes_zero() {
 #[test]
 fn installed_parts_are_no_longer_claimed() {
     let mut world = World::new(&[slot(HVA, 16, 0)], &[], NeighbourPolicy::Off);
-    let FillPlan::Fetch(run) = world.fill(16) else { panic!("pages are left") };
+    let FillPlan::Bring(Piece::Fetch(run)) = world.fill(16) else { panic!("pages are left") };
     let engine = &mut world.engine;
     engine.installed(PageRun::new(3, 4));
     engine.poisoned(PageRun::new(9, 1));
@@ -136,10 +136,10 @@ fn the_fill_completes_alone() {
     loop {
         let piece = world.engine.fill_piece();
         match world.fill(piece) {
-            FillPlan::Fetch(run) => pieces.push(run.count),
+            FillPlan::Bring(Piece::Fetch(run)) => pieces.push(run.count),
             FillPlan::Wait => world.end_read(0, Outcome::Install),
             FillPlan::Complete => break,
-            FillPlan::Zero(run) => panic!("{run:?} is no hole"),
+            FillPlan::Bring(Piece::Zero(run)) => panic!("{run:?} is no hole"),
         }
         world.check();
     }
@@ -155,8 +155,8 @@ fn zeroes_of(world: &mut World) -> Vec<PageRun> {
     let mut zeroes = Vec::new();
     loop {
         match world.fill(u64::MAX) {
-            FillPlan::Zero(run) => zeroes.push(run),
-            FillPlan::Fetch(_) => world.end_read(0, Outcome::Install),
+            FillPlan::Bring(Piece::Zero(run)) => zeroes.push(run),
+            FillPlan::Bring(Piece::Fetch(_)) => world.end_read(0, Outcome::Install),
             FillPlan::Wait => panic!("nothing is under way"),
             FillPlan::Complete => return zeroes,
         }
@@ -170,10 +170,10 @@ fn small_holes_get_memory() {
     let holes = [source_pages(3, 2), source_pages(100, 511), source_pages(700, 512)];
     let slots = [slot(HVA, 1500, 0)];
     let mut world = World::new(&slots, &holes, NeighbourPolicy::Off);
-    assert_eq!(world.fill(16), FillPlan::Fetch(PageRun::new(0, 3)));
-    assert_eq!(world.fill(1), FillPlan::Zero(PageRun::new(3, 1)));
-    assert_eq!(world.fill(16), FillPlan::Zero(PageRun::new(4, 1)));
-    assert_eq!(world.fill(16), FillPlan::Fetch(PageRun::new(5, 16)));
+    assert_eq!(world.fill(16), FillPlan::Bring(Piece::Fetch(PageRun::new(0, 3))));
+    assert_eq!(world.fill(1), FillPlan::Bring(Piece::Zero(PageRun::new(3, 1))));
+    assert_eq!(world.fill(16), FillPlan::Bring(Piece::Zero(PageRun::new(4, 1))));
+    assert_eq!(world.fill(16), FillPlan::Bring(Piece::Fetch(PageRun::new(5, 16))));
     world.end_read(0, Outcome::Install);
     world.end_read(0, Outcome::Install);
     let zeroes: u64 = zeroes_of(&mut world).iter().map(|run| run.count).sum();
@@ -210,7 +210,7 @@ fn a_hole_is_filled_once() {
     let zeroes: Vec<u64> = {
         let engine = &mut world.engine;
         let mut pages = Vec::new();
-        while let FillPlan::Zero(run) = engine.next_fill(64) {
+        while let FillPlan::Bring(Piece::Zero(run)) = engine.next_fill(64) {
             pages.extend(run.pages());
             engine.installed(run);
         }
@@ -228,11 +228,11 @@ fn holes_on_their_way_are_waited_for() {
     let mut world = World::new(&[slot(HVA, 8, 0)], &holes, NeighbourPolicy::Off);
     let engine = &mut world.engine;
     assert_eq!(engine.outstanding(), 0);
-    assert_eq!(engine.next_fill(64), FillPlan::Zero(PageRun::new(0, 8)));
+    assert_eq!(engine.next_fill(64), FillPlan::Bring(Piece::Zero(PageRun::new(0, 8))));
     assert_eq!(engine.next_fill(64), FillPlan::Wait);
     engine.installed(PageRun::new(0, 5));
     engine.released(PageRun::new(5, 3));
-    assert_eq!(engine.next_fill(64), FillPlan::Zero(PageRun::new(5, 3)));
+    assert_eq!(engine.next_fill(64), FillPlan::Bring(Piece::Zero(PageRun::new(5, 3))));
     assert_eq!(engine.next_fill(64), FillPlan::Wait);
     engine.installed(PageRun::new(5, 3));
     assert_eq!(engine.next_fill(64), FillPlan::Complete);
@@ -246,7 +246,7 @@ fn a_hole_may_be_known_late() {
     world.known_zero(source_pages(8, 8));
     world.known_zero(source_pages(12, 8));
     world.check();
-    assert_eq!(world.fill(64), FillPlan::Zero(PageRun::new(8, 12)));
+    assert_eq!(world.fill(64), FillPlan::Bring(Piece::Zero(PageRun::new(8, 12))));
     world.end_read(0, Outcome::Install);
     world.run_out();
 }

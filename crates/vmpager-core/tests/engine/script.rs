@@ -29,6 +29,8 @@ pub(crate) enum Step {
     Fill,
     /// A run of so many base pages at most.
     FillSome(u64),
+    /// So many neighbours at most.
+    Neighbours(u64),
     /// A read ends.
     EndRead(Index, Outcome),
 }
@@ -45,6 +47,7 @@ pub(crate) fn step() -> impl Strategy<Value = Step> {
         4 => Just(Step::Zap),
         4 => Just(Step::Fill),
         3 => prop_oneof![1..100_u64, Just(u64::MAX)].prop_map(Step::FillSome),
+        5 => (1..100_u64).prop_map(Step::Neighbours),
         8 => (page(), outcome()).prop_map(|(read, outcome)| Step::EndRead(read, outcome)),
     ]
 }

@@ -84,6 +84,9 @@ pub(crate) struct World {
     /// Thread runs, pages not yet taken.
     zapping: VecDeque<Removal>,
     reads: Vec<PageRun>,
+    /// What is left of the windows around pages somebody waited for, the last
+    /// 32 of them.
+    owed: VecDeque<PageRun>,
     /// log2 of the next window of each 512 pages.
     windows: Vec<u8>,
     /// Tested by itself; here it says how large the next piece is.
@@ -135,6 +138,7 @@ impl World {
             stopped: VecDeque::new(),
             zapping: VecDeque::new(),
             reads: Vec::new(),
+            owed: VecDeque::new(),
             pace: FillPace::new(),
         };
         for &hole in holes {
@@ -162,6 +166,7 @@ impl World {
             Step::Zap => self.zap(),
             Step::Fill => self.fill_piece(),
             Step::FillSome(most) => _ = self.fill(*most),
+            Step::Neighbours(most) => self.neighbours(*most),
             Step::EndRead(read, outcome) if !self.reads.is_empty() => {
                 self.end_read(read.index(self.reads.len()), *outcome);
             }
@@ -286,6 +291,7 @@ impl World {
             FaultPlan::Zero(run) => {
                 assert_eq!((run.first, before), (page, (false, Content::Zero)));
                 let window = self.window(page);
+                self.owe(window, run);
                 assert!(run.count > 0 && run.end() <= window.end(), "{run:?} leaves {window:?}");
                 for page in run.pages() {
                     let p = &self.pages[at(page)];

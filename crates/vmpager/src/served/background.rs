@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
-use vmpager_core::{FillPlan, PageData, PageRun, PageSize, Priority, SourceError};
+use vmpager_core::{FillPlan, PageData, PageRun, PageSize, Piece, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
 use super::install::{FIRST_RETRY, Put, PutEnd};
@@ -139,6 +139,45 @@ impl Served {
         self.put_poison(read.run, read.waiter, reads)
     }
 
+    /// Brings in some of the pages near those that somebody waited for. Those
+    /// that are not at hand are not worth a read of their own: they are left.
+    /// False if there are none.
+    pub(crate) fn bring_neighbours(&mut self, reads: &mut Reads) -> Result<bool, Lost> {
+        if self.retry.at.is_some() {
+            return Ok(false);
+        }
+        let started = Instant::now();
+        let most = self.chunk.pages_of(PageSize::Size4K.shift());
+        match self.engine.next_neighbours(most) {
+            None => return Ok(false),
+            Some(Piece::Zero(run)) => self.fill_zeroes(run, reads)?,
+            Some(Piece::Fetch(run)) => self.fetch_neighbours(run, reads)?,
+        }
+        self.chunk.took(started.elapsed());
+        Ok(true)
+    }
+
+    /// Installs claimed neighbours.
+    fn fetch_neighbours(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
+        let (_, range) = self.engine.slots().locate(run);
+        match at_hand(&mut *reads.reader, range) {
+            Ok(Some(data)) => {
+                let end = self.put(run, Put::Bytes(data.address()))?;
+                self.counters.bytes_read += range.len;
+                self.counters.pages_neighbour += end.pages;
+                self.put_off_rest(end, reads)
+            }
+            Ok(None) => {
+                self.engine.released(run);
+                Ok(())
+            }
+            Err(error) => {
+                let read = self.background(run, Priority::Prefetch, None);
+                self.read_failed(read, &error, reads)
+            }
+        }
+    }
+
     /// One piece of the background fill.
     pub(crate) fn fill(&mut self, reads: &mut Reads) -> Result<Filled, Lost> {
         if !self.may_fill(reads) {
@@ -150,11 +189,9 @@ impl Served {
         let mut done = 0;
         while done < piece && self.may_fill(reads) && (done == 0 || Instant::now() < until) {
             let run = match self.engine.next_fill(piece - done) {
-                FillPlan::Fetch(run) => self.fill_fetch(run, until, reads)?,
-                FillPlan::Zero(run) => {
-                    let end = self.put(run, Put::Zeroes)?;
-                    self.counters.pages_zero += end.pages;
-                    self.put_off_rest(end, reads)?;
+                FillPlan::Bring(Piece::Fetch(run)) => self.fill_fetch(run, until, reads)?,
+                FillPlan::Bring(Piece::Zero(run)) => {
+                    self.fill_zeroes(run, reads)?;
                     run
                 }
                 FillPlan::Complete if !self.must_hold && done == 0 => {
@@ -233,6 +270,13 @@ impl Served {
         Ok(PageRun::new(run.first, done))
     }
 
+    /// Gives memory to pages of a hole.
+    fn fill_zeroes(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
+        let end = self.put(run, Put::Zeroes)?;
+        self.counters.pages_zero += end.pages;
+        self.put_off_rest(end, reads)
+    }
+
     fn put_off_rest(&mut self, end: PutEnd, reads: &mut Reads) -> Result<(), Lost> {
         match end.rest {
             Some((rest, stop)) => self.put_off(Leftover { rest, stop, waiter: None }, reads),
@@ -267,8 +311,8 @@ impl Served {
         let until = Instant::now() + POISON_LIMIT;
         loop {
             let run = match self.engine.next_fill(u64::MAX) {
-                FillPlan::Fetch(run) => run,
-                FillPlan::Zero(_) => continue,
+                FillPlan::Bring(Piece::Fetch(run)) => run,
+                FillPlan::Bring(Piece::Zero(_)) => continue,
                 FillPlan::Wait | FillPlan::Complete => return !self.must_hold,
             };
             match self.poison_part(run) {

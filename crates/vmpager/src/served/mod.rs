@@ -201,24 +201,23 @@ impl Served {
     }
 
     /// Serves the faults that are pending, and those put off that are due.
-    /// Returns how many.
-    pub(crate) fn serve(&mut self, reads: &mut Reads) -> Result<u64, Lost> {
+    /// Whether there were any.
+    pub(crate) fn serve(&mut self, reads: &mut Reads) -> Result<bool, Lost> {
         self.read_events()?;
-        let mut served = 0;
-        if !self.faults.is_empty() {
-            served += self.serve_faults(reads)?;
+        let mut served = !self.faults.is_empty();
+        if served {
+            self.serve_faults(reads)?;
         }
         if self.retry.at.is_some_and(|at| at <= Instant::now()) {
-            served += self.serve_retries(reads)?;
+            served |= self.serve_retries(reads)?;
         }
         Ok(served)
     }
 
-    fn serve_faults(&mut self, reads: &mut Reads) -> Result<u64, Lost> {
+    fn serve_faults(&mut self, reads: &mut Reads) -> Result<(), Lost> {
         let since = Instant::now();
         // With reads in flight, their waiters would be woken along, in vain.
         let together = self.faults.len() >= MANY && reads.is_idle();
-        let mut served = 0;
         while !self.faults.is_empty() {
             if together {
                 self.let_sleep();
@@ -226,30 +225,28 @@ impl Served {
             let result = self.serve_some(since, reads);
             // Also of pages installed before one that failed.
             self.wake_all(since)?;
-            served += result?;
+            result?;
         }
-        Ok(served)
+        Ok(())
     }
 
     /// Serves up to [`WAKE_TOGETHER`] of the faults read.
-    fn serve_some(&mut self, since: Instant, reads: &mut Reads) -> Result<u64, Lost> {
-        let mut served = 0;
-        while served < WAKE_TOGETHER
-            && let Some(hva) = self.faults.pop_front()
-        {
+    fn serve_some(&mut self, since: Instant, reads: &mut Reads) -> Result<(), Lost> {
+        for _ in 0..WAKE_TOGETHER {
+            let Some(hva) = self.faults.pop_front() else { break };
             self.fault(hva, since, reads)?;
-            served += 1;
         }
-        Ok(served)
+        Ok(())
     }
 
-    fn serve_retries(&mut self, reads: &mut Reads) -> Result<u64, Lost> {
+    /// Whether any was due.
+    fn serve_retries(&mut self, reads: &mut Reads) -> Result<bool, Lost> {
         self.retry.at = None;
         for run in std::mem::take(&mut self.retry.wake) {
             let (hva, len) = self.address(run);
             self.wake(hva, len)?;
         }
-        let due = self.retry.waiters.len() as u64;
+        let due = self.retry.waiters.len();
         for _ in 0..due {
             let Some(waiter) = self.retry.waiters.pop_front() else { break };
             let plan = self.engine.plan(waiter.page);
@@ -258,7 +255,7 @@ impl Served {
         if self.retry.waiters.is_empty() && self.retry.at.is_none() {
             self.retry.pause = Duration::ZERO;
         }
-        Ok(due)
+        Ok(due > 0)
     }
 
     /// Lets others install pages too.

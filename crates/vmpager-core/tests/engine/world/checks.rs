@@ -32,6 +32,16 @@ impl World {
         let down = (window.first..page).rev().take_while(free).count() as u64;
         let up = (page..window.end()).take_while(free).count() as u64;
         assert_eq!(run, PageRun::new(page - down, down + up), "page {page} in {window:?}");
+        self.owe(window, run);
+    }
+
+    /// The rest of a window comes later.
+    pub(super) fn owe(&mut self, window: PageRun, run: PageRun) {
+        if window != run {
+            self.owed.push_back(window);
+            let old = self.owed.len().saturating_sub(32);
+            self.owed.drain(..old);
+        }
     }
 
     pub(super) fn outstanding(&self) -> u64 {
@@ -58,7 +68,7 @@ impl World {
 
     fn map_holes(&self) -> Vec<u64> {
         let (map, mut pages, mut from) = (self.engine.map(), Vec::new(), 0);
-        while let Some(run) = map.next_holes(from) {
+        while let Some(run) = map.next_holes(PageRun::new(from, map.pages() - from)) {
             pages.extend(run.pages());
             from = run.end();
         }

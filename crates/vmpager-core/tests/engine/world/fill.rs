@@ -1,6 +1,7 @@
-//! Holes of the source, and the background fill.
+//! Holes of the source, and what is brought in though nobody waits for it:
+//! neighbours, and the background fill.
 
-use vmpager_core::{ByteRange, Content, FillPlan, PageRun, PageSize};
+use vmpager_core::{ByteRange, Content, FillPlan, PageRun, PageSize, Piece};
 
 use super::{Memory, Page, World, at};
 
@@ -37,7 +38,7 @@ impl World {
         let mut done = 0;
         while done < piece && !self.refuses_installs() {
             match self.fill(piece - done) {
-                FillPlan::Fetch(run) | FillPlan::Zero(run) => done += run.count,
+                FillPlan::Bring(piece) => done += piece.run().count,
                 FillPlan::Wait | FillPlan::Complete => break,
             }
         }
@@ -49,24 +50,55 @@ impl World {
         let plan = self.engine.next_fill(most);
         assert_eq!(plan, expected, "{most} at most");
         match plan {
-            FillPlan::Fetch(run) => self.claim(run),
-            FillPlan::Zero(run) => self.fill_zero(run),
+            FillPlan::Bring(piece) => self.bring(piece),
             FillPlan::Wait => assert!(!self.reads.is_empty(), "nothing to wait for"),
             FillPlan::Complete => (),
         }
         plan
     }
 
+    /// One run near a page somebody waited for.
+    pub(crate) fn neighbours(&mut self, most: u64) {
+        let mut expected = None;
+        while let Some(window) = self.owed.pop_front() {
+            expected = self.next_piece(window, most);
+            if let Some(piece) = expected {
+                let end = piece.run().end();
+                self.owed.push_front(PageRun::new(end, window.end() - end));
+                break;
+            }
+        }
+        let piece = self.engine.next_neighbours(most);
+        assert_eq!(piece, expected, "{most} at most");
+        piece.into_iter().for_each(|piece| self.bring(piece));
+    }
+
+    fn bring(&mut self, piece: Piece) {
+        match piece {
+            Piece::Fetch(run) => self.claim(run),
+            Piece::Zero(run) => self.fill_zero(run),
+        }
+    }
+
     /// What the engine should say.
     fn next_fill(&self, most: u64) -> FillPlan {
+        match self.next_piece(PageRun::new(0, self.pages.len() as u64), most) {
+            Some(piece) => FillPlan::Bring(piece),
+            None if self.outstanding() == 0 => FillPlan::Complete,
+            None => FillPlan::Wait,
+        }
+    }
+
+    /// The first pages of a run that nobody brings in.
+    fn next_piece(&self, within: PageRun, most: u64) -> Option<Piece> {
         let free = |p: &Page| !p.present && p.content == Content::Source;
-        let Some(first) = self.pages.iter().position(|p| free(p) || p.hole) else {
-            return if self.outstanding() == 0 { FillPlan::Complete } else { FillPlan::Wait };
-        };
-        let p = self.pages[first];
-        let first = first as u64;
+        let first = within.pages().find(|&i| {
+            let p = &self.pages[at(i)];
+            free(p) || p.hole
+        })?;
+        let p = self.pages[at(first)];
         let most = if p.size == PageSize::Size2M { 1 } else { most };
-        let end = p.slot.end().min(first.saturating_add(most));
+        let end = p.slot.end().min(within.end()).min(first.saturating_add(most));
         let run = |end: u64, alike: &dyn Fn(&Page) -> bool| {
             let alike = (first..end).take_while(|&i| alike(&self.pages[at(i)]));
             PageRun::new(first, alike.count() as u64)
@@ -75,11 +107,11 @@ impl World {
         // its 2 MiB.
         let word = first / 64 * 64 + 64;
         let read = first / 512 * 512 + 512;
-        if p.hole {
-            FillPlan::Zero(run(end.min(word), &|p| p.hole))
+        Some(if p.hole {
+            Piece::Zero(run(end.min(word), &|p| p.hole))
         } else {
-            FillPlan::Fetch(run(end.min(read), &free))
-        }
+            Piece::Fetch(run(end.min(read), &free))
+        })
     }
 
     fn fill_zero(&mut self, run: PageRun) {
