@@ -88,7 +88,7 @@ pub use state_file::{MAX_STATE_BYTES, StateError, VmState};
 pub use vm::{Cpu, CpuKind, Vm, VmConfig};
 pub use workload::{Order, Workload};
 
-pub use vmpager_kvm::exit::ExitStats;
+pub use vmpager_kvm::exit::{ExitStats, Mechanism as ExitMechanism};
 
 /// Bytes in a page of the guest.
 pub const PAGE_BYTES: usize = 4096;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use vmpager::Pager;
+use vmpager_kvm::exit::ExitStats;
 use vmpager_sys::memory::Mapping;
 
 use crate::devices::{ConsoleInput, GuestEnd, Ports, SERIAL_IRQ};
@@ -216,6 +217,12 @@ impl LinuxVm {
     /// GiB higher than offsets.
     pub fn memory(&self) -> &Arc<Mapping> {
         &self.memory.mapping
+    }
+
+    /// What exit delivery has done on all vCPUs; `None` while they run, or if
+    /// their faults are not delivered so.
+    pub fn exit_stats(&self) -> Option<ExitStats> {
+        self.machine.exit_stats()
     }
 
     /// The pager in this process, if it brings this guest's memory.

@@ -16,11 +16,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vmpager::{Installer, Pager};
-use vmpager_kvm::exit::{ExitMemory, GpaRange};
+use vmpager_kvm::exit::{ExitMemory, GpaRange, Mechanism};
 use vmpager_sys::memory::{Access, Mapping};
 use vmpager_sys::uffd::Userfaultfd;
 
@@ -69,10 +70,19 @@ pub(crate) struct GuestMemory {
     pub(crate) slots: Vec<Memslot>,
     /// What the mapping maps, if that is this VM's own.
     memfd: Option<OwnedFd>,
-    /// The same memory, if its missing pages are exits of vCPUs.
-    exits: Option<Arc<ExitMemory>>,
+    /// What makes its missing pages exits of vCPUs, if they are. Nobody can
+    /// touch it then before [`exits`](Self::exits).
+    mechanism: Option<Mechanism>,
     // Dropped after the machine.
     served: Option<Served>,
+}
+
+/// What delivers missing pages as exits of vCPUs.
+#[derive(Debug)]
+pub(crate) struct Exits {
+    pub(crate) memory: Arc<ExitMemory>,
+    /// One for each vCPU.
+    pub(crate) installers: Vec<Installer>,
 }
 
 /// Who brings absent pages.
@@ -88,7 +98,7 @@ pub(crate) enum Served {
 
 impl GuestMemory {
     pub(crate) fn new(mapping: Arc<Mapping>, slots: Vec<Memslot>) -> Self {
-        Self { mapping, slots, memfd: None, exits: None, served: None }
+        Self { mapping, slots, memfd: None, mechanism: None, served: None }
     }
 
     /// The same, its absent pages brought by somebody.
@@ -97,34 +107,39 @@ impl GuestMemory {
         self
     }
 
-    /// Opens memory that nobody could access so far, for vCPUs whose faults are
-    /// delivered so.
+    /// Decides about memory that nobody could access so far, whose vCPUs' faults
+    /// are delivered so.
     pub(crate) fn delivered_by(mut self, delivery: Delivery) -> io::Result<Self> {
         match delivery {
             Delivery::Userfaultfd => self.mapping.allow(Access::ReadWrite)?,
-            Delivery::Exit => {
-                let range =
-                    |slot: &Memslot| GpaRange { gpa: slot.gpa, offset: slot.offset, len: slot.len };
-                let slots = self.slots.iter().map(range).collect();
-                self.exits = Some(Arc::new(ExitMemory::new(self.mapping.clone(), slots)?));
-            }
+            Delivery::Exit(mechanism) => self.mechanism = Some(mechanism),
         }
         Ok(self)
     }
 
-    /// What delivers a vCPU's missing pages as exits, if they are; `None` also
-    /// if none is missing any more.
-    pub(crate) fn exits(&self) -> Result<Option<(Arc<ExitMemory>, Installer)>, VmError> {
-        let (Some(exits), Some(pager)) = (&self.exits, self.pager()) else { return Ok(None) };
-        match pager.installer()? {
-            Some(installer) => Ok(Some((exits.clone(), installer))),
-            None => {
-                self.mapping
-                    .allow(Access::ReadWrite)
-                    .map_err(|error| VmError::Memory { bytes: self.mapping.len() as u64, error })?;
-                Ok(None)
-            }
-        }
+    /// What makes missing pages exits of vCPUs, if they are.
+    pub(crate) fn mechanism(&self) -> Option<Mechanism> {
+        self.mechanism
+    }
+
+    /// Opens memory whose missing pages are exits of that VM's vCPUs, none of
+    /// which has run. `None` if they are no exits, or if nothing is missing any
+    /// more.
+    pub(crate) fn exits(&self, vm: &Arc<VmFd>, vcpus: u64) -> Result<Option<Exits>, VmError> {
+        let (Some(mechanism), Some(pager)) = (self.mechanism, self.pager()) else {
+            return Ok(None);
+        };
+        let installers = (0..vcpus).map(|_| pager.installer());
+        let Some(installers) = installers.collect::<Result<Option<_>, _>>()? else {
+            self.mapping
+                .allow(Access::ReadWrite)
+                .map_err(|error| VmError::Memory { bytes: self.mapping.len() as u64, error })?;
+            return Ok(None);
+        };
+        let range = |slot: &Memslot| GpaRange { gpa: slot.gpa, offset: slot.offset, len: slot.len };
+        let slots = self.slots.iter().map(range).collect();
+        let memory = Arc::new(ExitMemory::new(mechanism, vm, self.mapping.clone(), slots)?);
+        Ok(Some(Exits { memory, installers }))
     }
 
     /// The pager in this process, if there is one.

@@ -13,6 +13,8 @@ use vmpager_sys::memory::{GuestRange, Mapping};
 use vmpager_sys::peer::send_with_fds;
 use vmpager_sys::uffd::{Features, Userfaultfd};
 
+use vmpager_kvm::exit::Mechanism as ExitMechanism;
+
 use crate::device::to_usize;
 use crate::error::VmError;
 use crate::memory::{GuestMemory, Served};
@@ -24,9 +26,9 @@ pub enum Delivery {
     /// The vCPU waits in the kernel, and a userfaultfd tells the pager.
     #[default]
     Userfaultfd,
-    /// The vCPU leaves the guest, and its own thread installs the page (see
-    /// [`vmpager_kvm::exit`]).
-    Exit,
+    /// The vCPU leaves the guest by this mechanism, and its own thread installs
+    /// the page (see [`vmpager_kvm::exit`]).
+    Exit(ExitMechanism),
 }
 
 /// Where a restored VM's memory comes from.

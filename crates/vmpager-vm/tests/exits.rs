@@ -7,14 +7,14 @@ mod common;
 use std::time::Instant;
 
 use common::{config, cpus, restore_and_run, snapshot};
-use vmpager_vm::{Cpu, Delivery, RestoreMemory, Vm, VmConfig, Workload};
+use vmpager_vm::{Cpu, Delivery, ExitMechanism, RestoreMemory, Vm, VmConfig, Workload};
 
 fn have_kvm() -> bool {
     cpus().contains(&Cpu::Kvm)
 }
 
 fn by_exits(background_fill: bool) -> RestoreMemory {
-    RestoreMemory::InProcess { background_fill, delivery: Delivery::Exit }
+    RestoreMemory::InProcess { background_fill, delivery: Delivery::Exit(ExitMechanism::View) }
 }
 
 #[test]
@@ -91,4 +91,30 @@ fn foretold_pages_are_brought_in_turn() {
     let stats = vm.exit_stats().unwrap();
     // The worker brought some as neighbours of what was fixed.
     assert!(stats.installed * 10 >= report.pages * 9 && stats.fallbacks == 0, "{stats:?}");
+}
+
+/// Exits by attributes, or a refusal that says what is missing.
+#[test]
+fn attributes_bring_every_page_or_are_refused() {
+    if !have_kvm() {
+        return;
+    }
+    let (_dir, snapshot) = snapshot(&VmConfig { vcpus: 2, ..config(Cpu::Kvm) });
+    let delivery = Delivery::Exit(ExitMechanism::Attributes);
+    let memory = RestoreMemory::InProcess { background_fill: false, delivery };
+    let workload = Workload { write_every: 3, ..Workload::default() };
+    let restored = restore_and_run(&snapshot, memory, Cpu::Kvm, &workload);
+    if !vmpager_kvm::probe::kvm().is_ok_and(|kvm| kvm.exact_memory_faults()) {
+        let error = restored.unwrap_err().to_string();
+        for word in ["software-protected VMs", "CONFIG_KVM_SW_PROTECTED_VM", "write-only view"] {
+            assert!(error.contains(word), "{error}");
+        }
+        return;
+    }
+    let (vm, report) = restored.unwrap();
+    assert_eq!((report.mismatches, vm.verify_from_host().mismatches), (0, 0));
+    let stats = vm.exit_stats().unwrap();
+    println!("{stats:?}");
+    assert!(stats.installed >= vm.content_pages() * 9 / 10, "{stats:?}");
+    assert!(stats.fallbacks == 0 && stats.cleared >= stats.installed, "{stats:?}");
 }

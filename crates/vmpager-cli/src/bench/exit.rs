@@ -17,7 +17,8 @@ use vmpager::{GuestRange, NeighbourPolicy, Pager};
 use vmpager_store::RawFile;
 use vmpager_sys::memory::Mapping;
 use vmpager_vm::{
-    Cpu, Delivery, Filling, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig, Workload,
+    Cpu, Delivery, ExitMechanism, Filling, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig,
+    Workload,
 };
 
 use super::{median, round, to_f64};
@@ -166,7 +167,7 @@ fn one_run(snapshot: &Snapshot, way: Way, workload: &Workload) -> anyhow::Result
 /// A page per fault in every way: no neighbours.
 fn restore(snapshot: &Snapshot, way: Way) -> anyhow::Result<(Vm, Option<Pager>)> {
     if way != Way::Uffd {
-        let delivery = Delivery::Exit;
+        let delivery = Delivery::Exit(ExitMechanism::View);
         let memory = RestoreMemory::InProcess { background_fill: false, delivery };
         return Ok((Vm::restore(snapshot, memory, Cpu::Kvm)?, None));
     }

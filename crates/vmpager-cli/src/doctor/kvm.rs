@@ -217,24 +217,27 @@ const CAPABILITIES: &[Capability] = &[
         id: "kvm.sync_regs",
         label: "SYNC_REGS",
         value: |kvm| bits(kvm.sync_regs),
-        with: "not used yet: registers come with each exit, without more system calls",
-        without: "not used yet: each exit that needs registers costs three more system calls",
+        with: "registers come with each exit on a missing page, without more system calls",
+        without: "each exit on a missing page costs three more system calls (vm restore \
+                  --delivery exit)",
         remedy: "use Linux 4.17 or later on x86-64",
     },
     Capability {
         id: "kvm.memory_fault_info",
         label: "MEMORY_FAULT_INFO",
         value: |kvm| yes(kvm.memory_fault_info),
-        with: "not used yet: an exit for private memory carries its guest address",
-        without: "not used yet: an exit for a missing page carries no address",
+        with: "an exit for private memory carries its guest address",
+        without: "no exit for a missing page carries its address",
         remedy: "use Linux 6.8 or later",
     },
     Capability {
         id: "kvm.memory_attributes",
         label: "MEMORY_ATTRIBUTES",
         value: |kvm| bits(kvm.memory_attributes),
-        with: "not used yet: vCPUs can exit with the exact address of a missing page",
-        without: "not used yet: the address of a missing page comes from the userfaultfd only",
+        with: "in sw-protected VMs (see kvm.vm_types), vCPUs can exit with the address of a \
+               missing page: vm restore --delivery exit --exit-mechanism attributes",
+        without: "vCPUs that exit on a missing page have it found by decoding: vm restore \
+                  --delivery exit",
         remedy: "use Linux 6.8 or later, built with CONFIG_KVM_SW_PROTECTED_VM=y, and nested paging",
     },
     Capability {
@@ -257,8 +260,8 @@ const CAPABILITIES: &[Capability] = &[
         id: "kvm.vm_types",
         label: "VM types",
         value: vm_types,
-        with: "not used yet: sw-protected ones have private memory on any CPU",
-        without: "not used yet: only default VMs, without private memory",
+        with: "sw-protected ones, if listed, can have pages that exit with their address",
+        without: "only default VMs, without private memory",
         remedy: "use Linux 6.8 or later",
     },
     Capability {

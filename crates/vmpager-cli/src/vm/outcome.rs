@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde::Serialize;
-use vmpager_vm::GuestEnd;
+use vmpager_vm::{ExitStats, GuestEnd};
 
 use crate::vm_process::millis;
 use crate::{output, size};
@@ -74,6 +74,32 @@ pub(super) struct RunSummary {
     pub(super) first_instruction_ms: Option<f64>,
     /// From the start of the command to the end.
     pub(super) ran_ms: f64,
+    /// What vCPUs did about missing pages, if these were exits.
+    pub(super) exits: Option<Exits>,
+}
+
+/// What exits on missing pages came to, on all vCPUs.
+#[derive(Debug, Serialize)]
+pub(super) struct Exits {
+    /// How many there were.
+    pub(super) exits: u64,
+    /// Pages installed by the vCPU's own thread.
+    pub(super) installed: u64,
+    /// Exits whose page was being fetched.
+    pub(super) waited: u64,
+    /// Exits with nothing missing any more.
+    pub(super) reentered: u64,
+    /// Changes of memory attributes.
+    pub(super) cleared: u64,
+    /// Faults left to the userfaultfd, the page being unknown.
+    pub(super) fallbacks: u64,
+}
+
+impl From<ExitStats> for Exits {
+    fn from(stats: ExitStats) -> Self {
+        let ExitStats { exits, installed, waited, reentered, cleared, fallbacks } = stats;
+        Self { exits, installed, waited, reentered, cleared, fallbacks }
+    }
 }
 
 impl RunSummary {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::ValueEnum;
-use vmpager_vm::{Delivery, LinuxVm, RestoreMemory, Snapshot, SnapshotPaths};
+use vmpager_vm::{Delivery, ExitMechanism, LinuxVm, RestoreMemory, Snapshot, SnapshotPaths};
 
 use super::control::ControlSocket;
 use super::outcome::{EXIT_STATUS, since};
@@ -47,6 +47,10 @@ pub(crate) struct RestoreArgs {
     /// How a vCPU's fault gets to the pager in this process.
     #[arg(long, value_enum, default_value_t = DeliveryArg::Uffd, conflicts_with = "pager")]
     delivery: DeliveryArg,
+    /// What makes a vCPU exit on a missing page, with --delivery exit [default:
+    /// view].
+    #[arg(long, value_enum, conflicts_with = "pager")]
+    exit_mechanism: Option<MechanismArg>,
     /// Have guest memory in huge pages of 2 MiB.
     #[arg(long, requires = "pager")]
     huge_pages: bool,
@@ -78,12 +82,43 @@ enum DeliveryArg {
     Exit,
 }
 
-impl From<DeliveryArg> for Delivery {
-    fn from(arg: DeliveryArg) -> Self {
-        match arg {
-            DeliveryArg::Uffd => Self::Userfaultfd,
-            DeliveryArg::Exit => Self::Exit,
-        }
+/// What makes an access to a missing page an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum MechanismArg {
+    /// A mapping that KVM cannot pin for reading. Works on any KVM; the page is
+    /// found by decoding the instruction.
+    View,
+    /// Memory attributes, by which KVM tells the page itself. Needs a host
+    /// kernel with software-protected VMs, which Linux has for development and
+    /// testing.
+    Attributes,
+}
+
+impl RestoreArgs {
+    fn delivery(&self) -> anyhow::Result<Delivery> {
+        Ok(match (self.delivery, self.exit_mechanism) {
+            (DeliveryArg::Uffd, None) => Delivery::Userfaultfd,
+            (DeliveryArg::Uffd, Some(_)) => {
+                bail!("--exit-mechanism needs --delivery exit; with uffd vCPUs do not exit")
+            }
+            (DeliveryArg::Exit, None | Some(MechanismArg::View)) => {
+                Delivery::Exit(ExitMechanism::View)
+            }
+            (DeliveryArg::Exit, Some(MechanismArg::Attributes)) => {
+                Delivery::Exit(ExitMechanism::Attributes)
+            }
+        })
+    }
+
+    /// The first of the options that only make sense while memory is missing.
+    fn on_demand_option(&self) -> Option<&'static str> {
+        let given = [
+            (self.pager.is_some(), "--pager"),
+            (self.background_fill, "--background-fill"),
+            (self.delivery != DeliveryArg::Uffd, "--delivery"),
+            (self.exit_mechanism.is_some(), "--exit-mechanism"),
+        ];
+        given.into_iter().find(|(is_given, _)| *is_given).map(|(_, name)| name)
     }
 }
 
@@ -103,20 +138,21 @@ pub(super) fn run(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
+    if args.memory_mode != MemoryMode::OnDemand
+        && let Some(option) = args.on_demand_option()
+    {
+        let mode = args.memory_mode.to_possible_value();
+        let mode = mode.as_ref().map_or("", |mode| mode.get_name());
+        bail!("{option} needs --memory-mode on-demand; with {mode} nothing is left to bring")
+    }
     Ok(match (args.memory_mode, &args.pager) {
         (MemoryMode::OnDemand, Some(socket)) => {
             RestoreMemory::OnDemand { socket: socket.clone(), huge_pages: args.huge_pages }
         }
         (MemoryMode::OnDemand, None) => RestoreMemory::InProcess {
             background_fill: args.background_fill,
-            delivery: args.delivery.into(),
+            delivery: args.delivery()?,
         },
-        (mode, _) if args.pager.is_some() || args.background_fill => {
-            let option = if args.pager.is_some() { "--pager" } else { "--background-fill" };
-            let mode = mode.to_possible_value();
-            let mode = mode.as_ref().map_or("", |mode| mode.get_name());
-            bail!("{option} needs --memory-mode on-demand; with {mode} nothing is left to bring")
-        }
         (MemoryMode::Eager, _) => RestoreMemory::Eager,
         (MemoryMode::Mmap, _) => RestoreMemory::Mmap,
     })

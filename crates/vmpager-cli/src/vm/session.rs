@@ -13,7 +13,7 @@ use signal_hook::low_level::pipe;
 use vmpager_vm::{LinuxVm, SnapshotPaths};
 
 use super::control::ControlSocket;
-use super::outcome::{Ended, RunSummary, since};
+use super::outcome::{Ended, Exits, RunSummary, since};
 use super::protocol::{Reply, Request, RunState, VmStatus};
 use super::terminal::{self, RawTerminal};
 use crate::vm_process::millis;
@@ -59,6 +59,7 @@ impl Session {
             made_ms: self.made_ms,
             first_instruction_ms: entered.map(|at| millis(at.duration_since(self.started))),
             ran_ms: since(self.started),
+            exits: self.vm.exit_stats().map(Exits::from),
         })
     }
 

@@ -1,12 +1,47 @@
 //! Guest memory whose missing pages are exits.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use kvm_bindings::KVM_X86_SW_PROTECTED_VM;
+use kvm_ioctls::{Kvm, VmFd};
 use vmpager_core::{Hva, PageInstaller};
 use vmpager_sys::memory::{Access, Mapping};
 
+use super::ExitError;
+use super::attributes::{self, Attributes};
+use super::view::{Readable, View};
 use crate::candidates::{Absent, GuestView};
+
+/// What makes accesses to missing pages exits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mechanism {
+    /// A mapping without `PROT_READ`: on any KVM for x86, but an exit does not
+    /// say which page is missing.
+    #[default]
+    View,
+    /// An attribute of the missing pages, so that each exit has its page: in
+    /// software-protected VMs, which Linux offers for development and testing
+    /// (`KVM_X86_SW_PROTECTED_VM`).
+    Attributes,
+}
+
+impl Mechanism {
+    /// The type of VM it needs, for `KVM_CREATE_VM`.
+    ///
+    /// # Errors
+    ///
+    /// [`ExitError::Unavailable`] if this KVM has none.
+    pub fn vm_type(self, kvm: &Kvm) -> Result<u64, ExitError> {
+        match self {
+            Self::View => Ok(0),
+            Self::Attributes => match attributes::lacks(kvm) {
+                Some(lacks) => Err(ExitError::Unavailable { lacks }),
+                None => Ok(KVM_X86_SW_PROTECTED_VM.into()),
+            },
+        }
+    }
+}
 
 /// A memslot: guest-physical addresses, and where they are in the mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,78 +54,99 @@ pub struct GpaRange {
     pub len: u64,
 }
 
-/// A write-only view of guest memory, and the gpas it is shown at.
+/// Guest memory, and the gpas it is shown at.
 #[derive(Debug)]
 pub struct ExitMemory {
+    exits: Exits,
     mapping: Arc<Mapping>,
     slots: Vec<GpaRange>,
-    protection: Mutex<Protection>,
 }
 
 #[derive(Debug)]
-struct Protection {
-    /// vCPUs that run an instruction with the view readable.
-    readers: u32,
-    /// No page is missing any more: readable for good.
-    complete: bool,
+enum Exits {
+    View(View),
+    Attributes(Attributes),
 }
 
 impl ExitMemory {
-    /// A view of a mapping that is registered with a userfaultfd by now, and
-    /// was [`inaccessible`](Mapping::inaccessible) until then: KVM's workers
-    /// touch memory even while no vCPU runs.
+    /// Memory of a VM with these slots and of the mechanism's
+    /// [type](Mechanism::vm_type), none of whose vCPUs has run. The mapping is
+    /// registered with a userfaultfd by now, and was
+    /// [`inaccessible`](Mapping::inaccessible) until then: KVM's workers touch
+    /// memory even while no vCPU runs.
     ///
     /// # Errors
     ///
-    /// If the kernel refuses to change the mapping's protection.
-    pub fn new(mapping: Arc<Mapping>, slots: Vec<GpaRange>) -> io::Result<Self> {
-        mapping.allow(Access::Write)?;
-        let protection = Mutex::new(Protection { readers: 0, complete: false });
-        Ok(Self { mapping, slots, protection })
+    /// If the kernel refuses to change the mapping's protection, or KVM the
+    /// attributes.
+    pub fn new(
+        mechanism: Mechanism,
+        vm: &Arc<VmFd>,
+        mapping: Arc<Mapping>,
+        slots: Vec<GpaRange>,
+    ) -> Result<Self, ExitError> {
+        let exits = match mechanism {
+            Mechanism::View => Exits::View(View::new(mapping.clone()).map_err(ExitError::Protect)?),
+            Mechanism::Attributes => {
+                let attributes = Attributes::new(vm.clone(), &slots)?;
+                // KVM's own accesses do not exit, and wait on the userfaultfd.
+                mapping.allow(Access::ReadWrite).map_err(ExitError::Protect)?;
+                Exits::Attributes(attributes)
+            }
+        };
+        Ok(Self { exits, mapping, slots })
     }
 
     /// The address in this process of a gpa.
     pub fn hva(&self, gpa: u64) -> Option<Hva> {
-        self.offset(gpa).map(|offset| Hva(self.mapping.hva() + offset))
+        self.slot(gpa).map(|slot| self.hva_in(slot, gpa))
     }
 
-    fn offset(&self, gpa: u64) -> Option<u64> {
-        let within = |slot: &&GpaRange| (slot.gpa..slot.gpa + slot.len).contains(&gpa);
-        self.slots.iter().find(within).map(|slot| slot.offset + (gpa - slot.gpa))
+    fn hva_in(&self, slot: &GpaRange, gpa: u64) -> Hva {
+        Hva(self.mapping.hva() + slot.offset + (gpa - slot.gpa))
     }
 
-    /// No page is missing any more: faults need no exit.
-    pub(super) fn stop_exits(&self) -> io::Result<()> {
-        let mut protection = self.protection.lock().unwrap_or_else(PoisonError::into_inner);
-        if !protection.complete {
-            self.mapping.allow(Access::ReadWrite)?;
-            protection.complete = true;
+    fn slot(&self, gpa: u64) -> Option<&GpaRange> {
+        self.slots.iter().find(|slot| (slot.gpa..slot.gpa + slot.len).contains(&gpa))
+    }
+
+    /// Lets vCPUs have a page that is in place. Whether they could not so far,
+    /// as far as is known.
+    pub(super) fn open<I: PageInstaller>(
+        &self,
+        gpa: u64,
+        installer: &I,
+    ) -> Result<bool, ExitError> {
+        let (Exits::Attributes(attributes), Some(slot)) = (&self.exits, self.slot(gpa)) else {
+            return Ok(false);
+        };
+        attributes.clear(slot, gpa, |offset| installer.is_present(Hva(self.mapping.hva() + offset)))
+    }
+
+    /// No page is missing any more: faults need no exit. (With attributes, a
+    /// last one for each 2 MiB: to end them all at once would make KVM forget
+    /// all that it has mapped.)
+    pub(super) fn stop_exits(&self) -> Result<(), ExitError> {
+        match &self.exits {
+            Exits::View(view) => view.stop_exits().map_err(ExitError::Protect),
+            Exits::Attributes(_) => Ok(()),
         }
-        Ok(())
     }
 
-    /// Makes the view readable until the answer is dropped.
-    pub(super) fn readable(&self) -> io::Result<Readable<'_>> {
-        let mut protection = self.protection.lock().unwrap_or_else(PoisonError::into_inner);
-        if protection.readers == 0 && !protection.complete {
-            self.mapping.allow(Access::ReadWrite)?;
+    /// Lets the userfaultfd deliver what is missing until the answer is dropped;
+    /// `None` if exits say what it is.
+    pub(super) fn readable(&self) -> io::Result<Option<Readable<'_>>> {
+        match &self.exits {
+            Exits::View(view) => view.readable().map(Some),
+            Exits::Attributes(_) => Ok(None),
         }
-        protection.readers += 1;
-        Ok(Readable(self))
     }
-}
 
-/// The view is readable while this lives.
-#[derive(Debug)]
-pub(super) struct Readable<'a>(&'a ExitMemory);
-
-impl Drop for Readable<'_> {
-    fn drop(&mut self) {
-        let mut protection = self.0.protection.lock().unwrap_or_else(PoisonError::into_inner);
-        protection.readers -= 1;
-        if protection.readers == 0 && !protection.complete {
-            // Left readable, faults only take the way over the userfaultfd.
-            let _ = self.0.mapping.allow(Access::Write);
+    /// What makes the exits.
+    pub fn mechanism(&self) -> Mechanism {
+        match &self.exits {
+            Exits::View(_) => Mechanism::View,
+            Exits::Attributes(_) => Mechanism::Attributes,
         }
     }
 }
@@ -103,10 +159,11 @@ pub(super) struct PresentPages<'a, I> {
 
 impl<I: PageInstaller> GuestView for PresentPages<'_, I> {
     fn read(&self, gpa: u64, bytes: &mut [u8]) -> Result<(), Absent> {
-        let offset = self.memory.offset(gpa).ok_or(Absent::NoMemory)?;
-        if !self.installer.is_present(Hva(self.memory.mapping.hva() + offset)) {
+        let hva = self.memory.hva(gpa).ok_or(Absent::NoMemory)?;
+        if !self.installer.is_present(hva) {
             return Err(Absent::Missing);
         }
+        let offset = hva.0 - self.memory.mapping.hva();
         let offset = usize::try_from(offset).map_err(|_| Absent::NoMemory)?;
         self.memory.mapping.read(offset, bytes);
         Ok(())

@@ -1,14 +1,15 @@
 //! A Linux guest in a `vmpager vm` process, by what it prints.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 use super::Lab;
 use super::beat::{Beat, Verdict};
@@ -56,6 +57,8 @@ pub(super) struct Guest {
     lines: Receiver<String>,
     console: Vec<String>,
     control: PathBuf,
+    /// Where the program's own summary comes, if it was asked for one.
+    summary: Option<ChildStdout>,
 }
 
 impl Drop for Guest {
@@ -93,27 +96,33 @@ impl Guest {
     pub(super) fn start(command: &mut Command, name: &str) -> anyhow::Result<Self> {
         let control = PathBuf::from(format!("{name}.sock"));
         command.arg("--control").arg(&control);
+        // With a summary on standard output, the console is on standard error;
+        // else what the program says comes with the test's own lines.
+        let is_summed_up = command.get_args().any(|arg| arg == "--json");
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // What the program says comes with the test's own lines.
-            .stderr(Stdio::inherit())
+            .stderr(if is_summed_up { Stdio::piped() } else { Stdio::inherit() })
             .spawn()
             .with_context(|| format!("running {command:?}"))?;
         let stdin = child.stdin.take().context("its standard input")?;
         let stdout = child.stdout.take().context("its standard output")?;
+        let (console, summary): (Box<dyn Read + Send>, _) = match child.stderr.take() {
+            Some(stderr) => (Box::new(stderr), Some(stdout)),
+            None => (Box::new(stdout), None),
+        };
         let (sender, lines) = channel();
         thread::spawn(move || {
-            let mut stdout = BufReader::new(stdout);
+            let mut console = BufReader::new(console);
             let mut bytes = Vec::new();
-            while stdout.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
+            while console.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
                 if sender.send(String::from_utf8_lossy(&bytes).trim_end().to_owned()).is_err() {
                     return;
                 }
                 bytes.clear();
             }
         });
-        Ok(Self { child, stdin, lines, console: Vec::new(), control })
+        Ok(Self { child, stdin, lines, console: Vec::new(), control, summary })
     }
 
     /// Waits for a line of the console from which `find` makes something.
@@ -208,6 +217,18 @@ impl Guest {
 
     /// Ends the load, in which nothing may have been wrong, and the guest.
     pub(super) fn end_well(mut self) -> anyhow::Result<()> {
+        self.end()
+    }
+
+    /// As [`end_well`](Self::end_well); what a `vmpager vm` with `--json` says of
+    /// the run.
+    pub(super) fn end_summed_up(mut self) -> anyhow::Result<Value> {
+        self.end()?;
+        let summary = self.summary.take().context("the VM runs without --json")?;
+        serde_json::from_reader(summary).context("the summary of the run")
+    }
+
+    fn end(&mut self) -> anyhow::Result<()> {
         let verdict = self.verdict()?;
         ensure!(verdict.is_right, "the guest's verdict: {:#?}{}", verdict.wrong, self.tail());
         self.say("poweroff")?;

@@ -2,6 +2,7 @@
 //! directory, and fails by returning an error.
 
 mod beat;
+mod exits;
 mod faulty;
 mod guest;
 mod host;
@@ -61,18 +62,6 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case(
         "restore",
-        "restored_on_demand_by_exits_it_goes_on",
-        90,
-        restore::restored_on_demand_by_exits_it_goes_on,
-    ),
-    case(
-        "restore",
-        "restored_on_demand_by_exits_with_fill_it_goes_on",
-        90,
-        restore::restored_on_demand_by_exits_with_fill_it_goes_on,
-    ),
-    case(
-        "restore",
         "restored_through_serve_it_goes_on",
         90,
         restore::restored_through_serve_it_goes_on,
@@ -96,6 +85,25 @@ pub(crate) const ALL: &[Case] = &[
         restore::a_broken_byte_of_memory_is_found_by_the_guest,
     ),
     case("many", "ten_restores_side_by_side", 150, restore::ten_restores_side_by_side),
+    case("exits", "restored_by_exits_it_goes_on", 90, exits::restored_by_exits_it_goes_on),
+    case(
+        "exits",
+        "restored_by_exits_with_fill_it_goes_on",
+        90,
+        exits::restored_by_exits_with_fill_it_goes_on,
+    ),
+    case(
+        "exits",
+        "restored_by_attributes_it_goes_on",
+        90,
+        exits::restored_by_attributes_it_goes_on,
+    ),
+    case(
+        "exits",
+        "restored_by_attributes_with_fill_it_goes_on",
+        90,
+        exits::restored_by_attributes_with_fill_it_goes_on,
+    ),
     case(
         "faulty",
         "restored_from_a_slow_source_it_goes_on",

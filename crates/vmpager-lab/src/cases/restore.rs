@@ -29,12 +29,18 @@ fn restores(lab: &Lab, saved: &Saved, mode: &[&str]) -> anyhow::Result<()> {
 }
 
 fn works_and_compares(lab: &Lab, saved: &Saved, mut guest: Guest) -> anyhow::Result<()> {
+    work_and_compare(lab, saved, &mut guest)?;
+    guest.end_well()
+}
+
+/// The same, up to the guest's end.
+pub(super) fn work_and_compare(lab: &Lab, saved: &Saved, guest: &mut Guest) -> anyhow::Result<()> {
     guest.work(WORK)?;
     let later = Path::new("later");
     guest.snapshot(lab, Path::new("later-state"), later, false)?;
     saved.compare(later)?;
     guest.work(WORK / 4)?;
-    guest.end_well()
+    Ok(())
 }
 
 pub(super) fn restored_eagerly_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
@@ -51,16 +57,6 @@ pub(super) fn restored_on_demand_in_process_it_goes_on(lab: &Lab) -> anyhow::Res
 
 pub(super) fn restored_on_demand_with_fill_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
     restores(lab, &Saved::shared(lab, &TWO)?, &["on-demand", "--background-fill"])
-}
-
-/// Each vCPU's thread installs what it misses, on a write-only view.
-pub(super) fn restored_on_demand_by_exits_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
-    restores(lab, &Saved::shared(lab, &TWO)?, &["on-demand", "--delivery", "exit"])
-}
-
-pub(super) fn restored_on_demand_by_exits_with_fill_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
-    let mode = ["on-demand", "--delivery", "exit", "--background-fill"];
-    restores(lab, &Saved::shared(lab, &TWO)?, &mode)
 }
 
 pub(super) fn restored_through_serve_it_goes_on(lab: &Lab) -> anyhow::Result<()> {

@@ -39,8 +39,9 @@ pub(crate) struct Machine {
     pub(crate) vcpus: Vec<Vcpu>,
     /// What of it there is to save.
     pub(super) scope: StateScope,
-    // After the vCPUs and before the memory: KVM must let go of it first.
-    pub(super) vm: VmFd,
+    // After the vCPUs, which may share it, and before the memory: KVM must let go
+    // of it first.
+    pub(super) vm: Arc<VmFd>,
     _memory: Vec<Arc<Mapping>>,
 }
 
@@ -48,7 +49,8 @@ impl Machine {
     /// Makes a VM whose vCPUs are as they are after reset.
     pub(crate) fn new(parts: &Parts<'_>) -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(|e| VmError::NoKvm(e.into()))?;
-        let vm = create_vm(&kvm)?;
+        let kind = parts.memory.mechanism().map_or(Ok(0), |mechanism| mechanism.vm_type(&kvm))?;
+        let vm = Arc::new(create_vm(&kvm, kind)?);
         check_capabilities(&vm, parts)?;
         let memory = add_memory(&vm, parts)?;
         if parts.irqchip {
@@ -58,6 +60,7 @@ impl Machine {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("tell what processor it offers"))?;
         let scope = StateScope::of(&kvm, &vm, parts.irqchip)?;
+        let mut exits = parts.memory.exits(&vm, parts.vcpus)?;
         let mut vcpus = Vec::new();
         for id in 0..parts.vcpus {
             let fd = vm.create_vcpu(id).map_err(refused("create a vCPU"))?;
@@ -69,8 +72,10 @@ impl Machine {
             let cpuid = cpuid::of_vcpu(&offered, id, parts.vcpus);
             fd.set_cpuid2(&cpuid).map_err(refused("set the vCPU's CPUID"))?;
             let mut vcpu = Vcpu::new(id, fd)?;
-            if let Some((memory, installer)) = parts.memory.exits()? {
-                vcpu.deliver_by_exits(&kvm, memory, installer)?;
+            if let Some(exits) = &mut exits
+                && let Some(installer) = exits.installers.pop()
+            {
+                vcpu.deliver_by_exits(&kvm, exits.memory.clone(), installer)?;
             }
             vcpus.push(vcpu);
         }
@@ -128,11 +133,11 @@ impl Machine {
     }
 }
 
-/// Tries again when a signal came in between: KVM then gives up, and starts
-/// afresh as well.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
+/// A VM of that type. Tries again when a signal came in between: KVM then gives
+/// up, and starts afresh as well.
+fn create_vm(kvm: &Kvm, kind: u64) -> Result<VmFd, VmError> {
     loop {
-        match kvm.create_vm().map_err(io::Error::from) {
+        match kvm.create_vm_with_type(kind).map_err(io::Error::from) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             created => return created.map_err(VmError::NoKvm),
         }

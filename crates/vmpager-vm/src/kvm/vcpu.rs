@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vmpager::Installer;
-use vmpager_kvm::exit::{Delivered, ExitDelivery, ExitMemory, ExitStats};
+use vmpager_kvm::exit::{Delivered, ExitDelivery, ExitMemory, ExitStats, Fault};
 
 use super::kick::Kick;
 use super::refused;
@@ -94,23 +94,25 @@ impl Vcpu {
         let kick = self.kick.clone();
         let _inside = kick.enter();
         loop {
-            let exit = match self.fd.run() {
-                Ok(exit) => match on_exit(exit) {
+            let ran = self.fd.run();
+            let fault = Fault::of(&ran).filter(|_| self.exits.is_some());
+            let exit = match (fault, ran) {
+                (Some(fault), _) => match self.bring(fault, &mut on_exit)? {
+                    Answer::GoOn => continue,
+                    Answer::Stop(why) => return Ok(Stopped::Answered(why)),
+                    Answer::Unexpected(exit) => exit,
+                },
+                (None, Ok(exit)) => match on_exit(exit) {
                     Answer::GoOn => continue,
                     Answer::Stop(why) => return Ok(Stopped::Answered(why)),
                     Answer::Unexpected(exit) => exit,
                 },
                 // KVM completes the last exit before it looks at the kick.
-                Err(e) if is_interrupted(e) && kick.is_stopped() => return Ok(Stopped::Kicked),
-                Err(e) if is_interrupted(e) => continue,
-                Err(e) if e.errno() == libc::EFAULT && self.exits.is_some() => {
-                    match self.bring(&mut on_exit)? {
-                        Answer::GoOn => continue,
-                        Answer::Stop(why) => return Ok(Stopped::Answered(why)),
-                        Answer::Unexpected(exit) => exit,
-                    }
+                (None, Err(e)) if is_interrupted(e) && kick.is_stopped() => {
+                    return Ok(Stopped::Kicked);
                 }
-                Err(e) => failed(e),
+                (None, Err(e)) if is_interrupted(e) => continue,
+                (None, Err(e)) => failed(e),
             };
             return Err(self.unexpected(exit));
         }
@@ -119,32 +121,40 @@ impl Vcpu {
     /// Brings the page that stopped the vCPU.
     fn bring<S>(
         &mut self,
+        fault: Fault,
         on_exit: &mut impl FnMut(VcpuExit<'_>) -> Answer<S>,
     ) -> Result<Answer<S>, VmError> {
         let Some(exits) = &mut self.exits else { return Ok(Answer::GoOn) };
-        match exits.after_fault(&self.fd)? {
-            Delivered::Resumed => Ok(Answer::GoOn),
-            Delivered::Waiting(gpa) => {
-                if let Some(hva) = exits.memory().hva(gpa) {
-                    // A kick is looked for that often.
-                    exits.installer().wait(hva, Instant::now() + LOOK);
+        let mut delivered = exits.after_fault(&self.fd, fault)?;
+        loop {
+            return match delivered {
+                Delivered::Resumed => Ok(Answer::GoOn),
+                Delivered::Waiting(gpa) => {
+                    if let Some(hva) = exits.memory().hva(gpa)
+                        && exits.installer().wait(hva, Instant::now() + LOOK)
+                    {
+                        delivered = exits.ask_again(gpa)?;
+                        continue;
+                    }
+                    // A kick is looked for on the way into the guest.
+                    Ok(Answer::GoOn)
                 }
-                Ok(Answer::GoOn)
-            }
-            Delivered::Poisoned(gpa) => Err(VmError::PagePoisoned { gpa }),
-            Delivered::FallBack => {
-                let kick = &self.kick;
-                let answer = exits.fall_back(
-                    &mut self.fd,
-                    || kick.interrupt(),
-                    |exit| match exit {
-                        Ok(exit) => on_exit(exit),
-                        Err(e) if is_interrupted(e) => Answer::GoOn,
-                        Err(e) => Answer::Unexpected(failed(e)),
-                    },
-                );
-                Ok(answer?)
-            }
+                Delivered::Poisoned(gpa) => Err(VmError::PagePoisoned { gpa }),
+                Delivered::NotOurs => Ok(Answer::Unexpected(format!("{fault:?}"))),
+                Delivered::FallBack => {
+                    let kick = &self.kick;
+                    let answer = exits.fall_back(
+                        &mut self.fd,
+                        || kick.interrupt(),
+                        |exit| match exit {
+                            Ok(exit) => on_exit(exit),
+                            Err(e) if is_interrupted(e) => Answer::GoOn,
+                            Err(e) => Answer::Unexpected(failed(e)),
+                        },
+                    );
+                    Ok(answer?)
+                }
+            };
         }
     }
 

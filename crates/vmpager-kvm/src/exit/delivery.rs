@@ -1,0 +1,352 @@
+//! Delivery of one vCPU's faults.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use kvm_bindings::{
+    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs, kvm_sregs, kvm_sync_regs,
+    kvm_vcpu_events,
+};
+use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuExit, VcpuFd};
+use vmpager_core::{PageInstaller, Resolution};
+
+use super::memory::{ExitMemory, Mechanism, PresentPages};
+use super::{Delivered, ExitError, ExitStats, Fault, refused};
+use crate::candidates::{
+    CandidateFinder, GuestView, Missing, PAGE_BYTES, Registers, VectorRegisters, XsaveLayout,
+};
+
+/// Enters so often at one spot with nothing missing before it falls back.
+const ENTRIES: u32 = 3;
+
+/// Brings so many pages at one spot before it falls back: more than any
+/// instruction touches, so that what is brought goes away again.
+const PAGES: u32 = 200;
+
+/// So many exits in a row at one spot are the end (R-A4). In most, the vCPU fell
+/// back, and was interrupted before the page came.
+const EXITS: u32 = 1200;
+
+/// How long an entry with the view readable lasts, if nothing else ends it.
+const READABLE: Duration = Duration::from_micros(500);
+
+/// Delivery of one vCPU's faults.
+#[derive(Debug)]
+pub struct ExitDelivery<I> {
+    installer: I,
+    memory: Arc<ExitMemory>,
+    finder: CandidateFinder,
+    foretold: Option<Foretold>,
+    xsave: Xsave,
+    syncs: bool,
+    spot: Spot,
+    stats: ExitStats,
+}
+
+/// Where the last exits were, as long as they are at the same instruction, or
+/// the same page where that is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Spot {
+    at: Option<At>,
+    /// How many they were.
+    exits: u32,
+    /// With how many of them nothing was missing, in a row.
+    idle: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum At {
+    Instruction(kvm_regs),
+    Page(u64),
+}
+
+impl Spot {
+    /// Counts an exit.
+    fn visit(&mut self, at: At) {
+        if self.at != Some(at) {
+            *self = Self { at: Some(at), ..Self::default() };
+        }
+        self.exits += 1;
+    }
+}
+
+/// How the vCPU's registers lie in an XSAVE area.
+#[derive(Debug)]
+struct Xsave {
+    bytes: u32,
+    layout: XsaveLayout,
+}
+
+/// The pages a vCPU will miss, known beforehand.
+#[derive(Debug)]
+struct Foretold {
+    pages: Vec<u64>,
+    /// Those before it are in place.
+    next: usize,
+}
+
+/// A copy of what tells what a vCPU was about to do.
+struct State {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    events: kvm_vcpu_events,
+}
+
+impl<I: PageInstaller> ExitDelivery<I> {
+    /// For a vCPU whose CPUID is set, in a VM whose memory is `memory`.
+    ///
+    /// # Errors
+    ///
+    /// If KVM does not tell the vCPU's CPUID.
+    pub fn new(
+        kvm: &Kvm,
+        vcpu: &mut VcpuFd,
+        memory: Arc<ExitMemory>,
+        installer: I,
+    ) -> Result<Self, ExitError> {
+        let needed = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+        let offered = u32::try_from(kvm.check_extension_int(Cap::SyncRegs)).unwrap_or(0);
+        // Who is told the page needs no registers.
+        let syncs = offered & needed == needed && memory.mechanism() == Mechanism::View;
+        if syncs {
+            for registers in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+                vcpu.set_sync_valid_reg(registers);
+            }
+        }
+        let cpuid = vcpu
+            .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused("tell a vCPU's CPUID"))?;
+        let cpuid = cpuid.as_slice();
+        let leaf = cpuid.iter().find(|entry| entry.function == 0xd && entry.index == 0);
+        let xsave = Xsave {
+            bytes: leaf.map_or(0, |leaf| leaf.ecx),
+            layout: XsaveLayout::from_cpuid(cpuid),
+        };
+        Ok(Self {
+            installer,
+            memory,
+            finder: CandidateFinder::new(),
+            foretold: None,
+            xsave,
+            syncs,
+            spot: Spot::default(),
+            stats: ExitStats::default(),
+        })
+    }
+
+    /// For benchmarks, the floor of all exit delivery: neither registers nor
+    /// instructions are looked at, and a fault is taken for one on the first of
+    /// these gpas that is missing. On any other the delivery falls back. With
+    /// attributes there is nothing to foretell: KVM tells the page.
+    pub fn foretell(&mut self, vcpu: &mut VcpuFd, pages: Vec<u64>) {
+        if std::mem::take(&mut self.syncs) {
+            for registers in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+                vcpu.clear_sync_valid_reg(registers);
+            }
+        }
+        self.foretold = Some(Foretold { pages, next: 0 });
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> ExitStats {
+        self.stats
+    }
+
+    /// Who installs, to wait for a page that is being fetched.
+    pub fn installer(&self) -> &I {
+        &self.installer
+    }
+
+    /// The memory served.
+    pub fn memory(&self) -> &ExitMemory {
+        &self.memory
+    }
+
+    /// Deals with a fault that has just ended this vCPU's `KVM_RUN`.
+    ///
+    /// # Errors
+    ///
+    /// [`ExitError`]: the guest cannot go on.
+    pub fn after_fault(&mut self, vcpu: &VcpuFd, fault: Fault) -> Result<Delivered, ExitError> {
+        self.stats.exits += 1;
+        match (self.memory.mechanism(), fault) {
+            // Nobody here converts memory, or unmaps it.
+            (Mechanism::Attributes, Fault::Somewhere) => Ok(Delivered::NotOurs),
+            (Mechanism::Attributes, Fault::At { gpa }) => self.exact(vcpu, gpa),
+            (Mechanism::View, _) => match self.foretold_page() {
+                Some(page) => self.bring(page),
+                None => self.guess(vcpu),
+            },
+        }
+    }
+
+    /// Asks for a page again for which the vCPU was [told](Delivered::Waiting) to
+    /// wait.
+    ///
+    /// # Errors
+    ///
+    /// [`ExitError`]: the guest cannot go on.
+    pub fn ask_again(&mut self, gpa: u64) -> Result<Delivered, ExitError> {
+        self.bring(gpa)
+    }
+
+    /// A fault on a page that KVM told.
+    fn exact(&mut self, vcpu: &VcpuFd, gpa: u64) -> Result<Delivered, ExitError> {
+        let page = gpa / PAGE_BYTES * PAGE_BYTES;
+        self.spot.visit(At::Page(page));
+        let before = self.stats;
+        let delivered = self.bring(page)?;
+        // Another vCPU's clearing of the attribute was not yet over.
+        if delivered == Delivered::Resumed
+            && (before.installed, before.cleared) == (self.stats.installed, self.stats.cleared)
+        {
+            self.stats.reentered += 1;
+            if self.spot.exits > EXITS {
+                let regs = vcpu.get_regs().map_err(refused("read registers"))?;
+                return Err(ExitError::Stuck { rip: regs.rip });
+            }
+        }
+        Ok(delivered)
+    }
+
+    /// A fault on a page that follows from what the vCPU was about to do.
+    fn guess(&mut self, vcpu: &VcpuFd) -> Result<Delivered, ExitError> {
+        let state = self.state(vcpu)?;
+        self.spot.visit(At::Instruction(state.regs));
+        if self.spot.exits > EXITS {
+            return Err(ExitError::Stuck { rip: state.regs.rip });
+        }
+        let registers = Registers {
+            regs: &state.regs,
+            sregs: &state.sregs,
+            events: &state.events,
+            xsave_bytes: self.xsave.bytes,
+        };
+        let view = PresentPages { installer: &self.installer, memory: &self.memory };
+        let layout = &self.xsave.layout;
+        let missing = match self.foretold {
+            Some(_) => None,
+            None => Some(self.finder.missing(&registers, &view, || vector_registers(vcpu, layout))),
+        };
+        let pages = missing.as_ref().map_or(&[][..], Missing::pages);
+        let Some((first, others)) = pages.split_first() else {
+            return self.nothing_missing();
+        };
+        self.spot.idle = 0;
+        if self.spot.exits > PAGES {
+            return Ok(Delivered::FallBack);
+        }
+        let delivered = self.bring(first.page)?;
+        // The vCPU was stopped by the first; the others would be next.
+        for other in others {
+            if let Some(hva) = self.memory.hva(other.page)
+                && self.installer.resolve(hva) == Resolution::Installed
+            {
+                self.stats.installed += 1;
+            }
+        }
+        Ok(delivered)
+    }
+
+    /// Brings the page that stopped the vCPU.
+    fn bring(&mut self, gpa: u64) -> Result<Delivered, ExitError> {
+        let Some(hva) = self.memory.hva(gpa) else { return Ok(Delivered::NotOurs) };
+        match self.installer.resolve(hva) {
+            Resolution::Installed => self.stats.installed += 1,
+            Resolution::Present => {}
+            Resolution::Waiting => {
+                self.stats.waited += 1;
+                // However long that takes, the vCPU is not stuck.
+                self.spot = Spot::default();
+                return Ok(Delivered::Waiting(gpa));
+            }
+            Resolution::Poisoned => return Ok(Delivered::Poisoned(gpa)),
+            Resolution::Outside => return Ok(Delivered::NotOurs),
+            Resolution::Filled => self.memory.stop_exits()?,
+            Resolution::Ended => return Err(ExitError::PagerEnded),
+        }
+        if self.memory.open(gpa, &self.installer)? {
+            self.stats.cleared += 1;
+        }
+        Ok(Delivered::Resumed)
+    }
+
+    /// The first of the foretold pages that is missing.
+    fn foretold_page(&mut self) -> Option<u64> {
+        let foretold = self.foretold.as_mut()?;
+        let view = PresentPages { installer: &self.installer, memory: &self.memory };
+        while let Some(page) = foretold.pages.get(foretold.next) {
+            if view.is_missing(*page) {
+                return Some(*page);
+            }
+            foretold.next += 1;
+        }
+        None
+    }
+
+    fn nothing_missing(&mut self) -> Result<Delivered, ExitError> {
+        if self.installer.is_complete() {
+            // Pages nobody installed are the kernel's to make from now on.
+            self.memory.stop_exits()?;
+            return Ok(Delivered::Resumed);
+        }
+        self.spot.idle += 1;
+        if self.spot.idle <= ENTRIES {
+            self.stats.reentered += 1;
+            return Ok(Delivered::Resumed);
+        }
+        Ok(Delivered::FallBack)
+    }
+
+    /// Enters the guest with the view readable, so that the userfaultfd delivers
+    /// what is missing, until `on_exit` has an exit to deal with or `interrupt`
+    /// has interrupted this thread's `KVM_RUN`. It is called from another
+    /// thread, again and again until it had its effect.
+    ///
+    /// # Errors
+    ///
+    /// If the view's protection cannot be changed.
+    pub fn fall_back<T>(
+        &mut self,
+        vcpu: &mut VcpuFd,
+        interrupt: impl Fn() + Send,
+        on_exit: impl FnOnce(Result<VcpuExit<'_>, kvm_ioctls::Error>) -> T,
+    ) -> Result<T, ExitError> {
+        self.stats.fallbacks += 1;
+        let (entered, left) = mpsc::channel::<()>();
+        let readable = self.memory.readable().map_err(ExitError::Protect)?;
+        let answer = thread::scope(|scope| {
+            scope.spawn(move || {
+                while left.recv_timeout(READABLE) == Err(RecvTimeoutError::Timeout) {
+                    interrupt();
+                }
+            });
+            let answer = on_exit(vcpu.run());
+            drop(entered);
+            answer
+        });
+        drop(readable);
+        Ok(answer)
+    }
+
+    fn state(&self, vcpu: &VcpuFd) -> Result<State, ExitError> {
+        if self.syncs {
+            let kvm_sync_regs { regs, sregs, events } = vcpu.sync_regs();
+            return Ok(State { regs, sregs, events });
+        }
+        Ok(State {
+            regs: vcpu.get_regs().map_err(refused("read registers"))?,
+            sregs: vcpu.get_sregs().map_err(refused("read system registers"))?,
+            events: vcpu.get_vcpu_events().map_err(refused("read pending events"))?,
+        })
+    }
+}
+
+fn vector_registers(vcpu: &VcpuFd, layout: &XsaveLayout) -> Option<VectorRegisters> {
+    // Up to AVX-512 all of it lies in the 4 KiB of the plain call.
+    let xsave = vcpu.get_xsave().ok()?;
+    let bytes: Vec<u8> = xsave.region.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    Some(VectorRegisters::from_xsave(&bytes, layout))
+}

@@ -1,0 +1,92 @@
+//! Linux guests whose missing pages are exits of their vCPUs, by both
+//! mechanisms.
+
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use vmpager_kvm::probe;
+
+use super::Lab;
+use super::guest::TWO;
+use super::restore::work_and_compare;
+use super::saved::Saved;
+
+const VIEW: [&str; 3] = ["on-demand", "--delivery", "exit"];
+const ATTRIBUTES: [&str; 5] = ["on-demand", "--delivery", "exit", "--exit-mechanism", "attributes"];
+const FILL: &str = "--background-fill";
+
+pub(super) fn restored_by_exits_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    let exits = restores(lab, &VIEW)?;
+    few_fallbacks(&exits)
+}
+
+pub(super) fn restored_by_exits_with_fill_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    let exits = restores(lab, &[&VIEW[..], &[FILL]].concat())?;
+    few_fallbacks(&exits)
+}
+
+pub(super) fn restored_by_attributes_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    if !probe::kvm()?.exact_memory_faults() {
+        return is_refused(lab);
+    }
+    let exits = restores(lab, &ATTRIBUTES)?;
+    // Each page exits once at most: of those a vCPU installs, all do.
+    let (all, installed) = (number(&exits, "exits")?, number(&exits, "installed")?);
+    let (cleared, again) = (number(&exits, "cleared")?, number(&exits, "reentered")?);
+    ensure!(installed > 1000 && cleared >= installed, "{exits}");
+    ensure!(all <= cleared + again + number(&exits, "waited")?, "{exits}");
+    ensure!(number(&exits, "fallbacks")? == 0, "{exits}");
+    Ok(())
+}
+
+pub(super) fn restored_by_attributes_with_fill_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    if !probe::kvm()?.exact_memory_faults() {
+        return is_refused(lab);
+    }
+    let exits = restores(lab, &[&ATTRIBUTES[..], &[FILL]].concat())?;
+    // What the fill brought becomes accessible in pieces, not page by page.
+    let touched = TWO.still + TWO.vcpus * TWO.moving;
+    let few = u64::try_from(touched / 2)?;
+    ensure!((1..few).contains(&number(&exits, "cleared")?), "{exits}");
+    ensure!(number(&exits, "fallbacks")? == 0, "{exits}");
+    Ok(())
+}
+
+/// Restores a guest under load so, and has its memory checked by itself and by
+/// the host. What its exits came to.
+fn restores(lab: &Lab, mode: &[&str]) -> anyhow::Result<Value> {
+    let saved = Saved::shared(lab, &TWO)?;
+    let mut guest = saved.restore(lab, &[mode, &["--json"]].concat())?;
+    work_and_compare(lab, &saved, &mut guest)?;
+    let summary = guest.end_summed_up()?;
+    let exits = summary["exits"].clone();
+    println!("{exits}");
+    Ok(exits)
+}
+
+/// Without software-protected VMs the command says so, and what to do.
+fn is_refused(lab: &Lab) -> anyhow::Result<()> {
+    let saved = Saved::shared(lab, &TWO)?;
+    let mut command = Command::new(&lab.vmpager);
+    command.args(["vm", "restore", "--state"]).arg(&saved.state);
+    command.arg("--memory").arg(&saved.memory).arg("--memory-mode").args(ATTRIBUTES);
+    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    let names_all = error.contains("memory attributes") && error.contains("write-only view");
+    ensure!(output.status.code() == Some(1) && names_all, "{}: {error}", output.status);
+    println!("refused: {}", error.trim());
+    Ok(())
+}
+
+/// Left to the userfaultfd are fewer than 0.3% of the faults, and those of the
+/// first moments.
+fn few_fallbacks(exits: &Value) -> anyhow::Result<()> {
+    let (all, fallbacks) = (number(exits, "exits")?, number(exits, "fallbacks")?);
+    ensure!(all > 0 && fallbacks * 1000 <= 3 * all + 1000, "{exits}");
+    Ok(())
+}
+
+fn number(exits: &Value, name: &str) -> anyhow::Result<u64> {
+    exits[name].as_u64().with_context(|| format!("no {name} in {exits}"))
+}
