@@ -53,11 +53,23 @@ pub enum SourceError {
         /// What was read, as the user named it.
         name: Arc<str>,
     },
+    /// Its bytes are not those that were written: a checksum does not hold.
+    #[error(
+        "{name} is damaged at {what}, needed for {range}; copy it again from where it was made"
+    )]
+    Damaged {
+        /// What was read, as the user named it.
+        name: Arc<str>,
+        /// The range asked for.
+        range: ByteRange,
+        /// Which part of it, and what is wrong.
+        what: Arc<str>,
+    },
 }
 
 impl SourceError {
-    /// Whether asking again may succeed. A changed or truncated source will
-    /// not grow the right bytes back.
+    /// Whether asking again may succeed. A changed, truncated or damaged source
+    /// will not grow the right bytes back.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Io { .. })
     }
@@ -178,6 +190,13 @@ pub trait PageReader: Send + fmt::Debug {
     /// If the bytes cannot be had. The caller may [`submit`](Self::submit) the
     /// same range to try again.
     fn try_read(&mut self, range: ByteRange) -> Result<Option<PageData<'_>>, SourceError>;
+
+    /// The longest range worth asking [`try_read`](Self::try_read) for: of longer
+    /// ones it says `None`, since even getting bytes that are at hand takes long.
+    /// A power of two.
+    fn at_hand_bytes(&self) -> u64 {
+        1 << 63
+    }
 
     /// Starts reading in the background. Every accepted request is answered
     /// exactly once by [`complete`](Self::complete), failures included.

@@ -4,6 +4,7 @@
 //! | type | what it reads |
 //! |---|---|
 //! | [`RawFile`] | a raw memory file, as VMMs write it |
+//! | [`Image`](image::Image) | a packed image: no zeroes, each page once, compressed, in layers |
 //! | [`MemorySource`] | bytes in this process, always at hand: tests, benchmarks |
 //! | [`FaultySource`] | another source, made slow, failing or silent by a script: tests |
 #![forbid(unsafe_code)]
@@ -13,6 +14,7 @@ mod buffers;
 mod doorbell;
 mod executor;
 pub mod faulty;
+pub mod image;
 mod memory_source;
 mod queue;
 pub mod raw_file;

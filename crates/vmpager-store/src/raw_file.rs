@@ -25,12 +25,13 @@ use crate::doorbell::Doorbell;
 use crate::executor::Executor;
 use crate::threads::ReadThreads;
 
-use holes::Holes;
-use identity::Identity;
 use open::Storage;
 use reader::RawReader;
 
+pub(crate) use holes::Holes;
+pub(crate) use identity::Identity;
 pub use open::OpenError;
+pub(crate) use open::{open as open_raw, open_at_once};
 
 /// A mapping may enter the page tables in units of this many bytes, whatever
 /// was touched: that is how page-cache folios of this size are mapped.

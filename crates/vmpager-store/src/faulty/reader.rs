@@ -71,6 +71,10 @@ impl PageReader for FaultyReader {
         Ok(data)
     }
 
+    fn at_hand_bytes(&self) -> u64 {
+        self.inner.at_hand_bytes()
+    }
+
     fn submit(&mut self, request: ReadRequest) {
         self.source.count(request.range);
         let due = self.source.due(request.range);

@@ -1,6 +1,6 @@
 //! Opening a raw memory file: what is refused, and what is found out once.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::io::IoSliceMut;
 use std::os::fd::AsRawFd;
@@ -54,14 +54,22 @@ pub enum OpenError {
     },
 }
 
-/// Opens a regular file of whole pages for reading. Never waits for a writer,
+/// Opens a file for reading, and tells what it is. Never waits for a writer,
 /// whatever the path names.
-pub(crate) fn open(path: &Path) -> Result<File, OpenError> {
-    let failed = |error: io::Error| OpenError::Open { path: path.to_owned(), error };
+pub(crate) fn open_at_once(path: &Path) -> io::Result<(File, Metadata)> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
-    let file = File::from(fd);
-    let metadata = file.metadata().map_err(failed)?;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let metadata = file.metadata()?;
+    // NONBLOCK was for pipes and devices; some kernels' io_uring would take it
+    // for "fail rather than wait".
+    rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
+    Ok((file, metadata))
+}
+
+/// Opens a regular file of whole pages for reading.
+pub(crate) fn open(path: &Path) -> Result<File, OpenError> {
+    let (file, metadata) =
+        open_at_once(path).map_err(|error| OpenError::Open { path: path.to_owned(), error })?;
     if !metadata.is_file() {
         let kind = kind_of(metadata.file_type());
         return Err(OpenError::NotRegular { path: path.to_owned(), kind });
@@ -72,9 +80,6 @@ pub(crate) fn open(path: &Path) -> Result<File, OpenError> {
     if !metadata.len().is_multiple_of(PAGE) {
         return Err(OpenError::Length { path: path.to_owned(), len: metadata.len() });
     }
-    // NONBLOCK was for pipes and devices; some kernels' io_uring would take it
-    // for "fail rather than wait".
-    rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|e| failed(e.into()))?;
     Ok(file)
 }
 

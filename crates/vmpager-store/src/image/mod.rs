@@ -1,0 +1,286 @@
+//! Packed images: memory contents without zero pages, each page once, compressed
+//! in frames, each with a checksum that is verified before its pages are used.
+//! An image may be a layer over another one. The format, byte by byte, is in
+//! `docs/format.md`.
+//!
+//! ```text
+//! page -> index: zero | as below | stored page -> frame -> read, verify, decode
+//!         (in memory, all layers at once)                  (or the cache)
+//! ```
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | `layout` | the bytes of records |
+//! | `codec` | how frames are compressed |
+//! | `index` | which page is which stored page |
+//! | `identity` | what contents are called |
+//! | `layer` | one file |
+//! | `contents`, `cache` | all layers as one memory |
+//! | `reader`, `decoders` | the [`PageSource`](vmpager_core::PageSource) |
+//! | `pack`, `unpack`, `verify`, `inspect` | what is done with images |
+
+mod cache;
+mod codec;
+mod contents;
+mod decoders;
+mod error;
+mod identity;
+mod index;
+mod input;
+mod layer;
+mod layout;
+mod output;
+mod pack;
+mod parallel;
+mod reader;
+mod unpack;
+mod verify;
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use vmpager_core::{ByteRange, SourceError};
+
+use crate::PAGE;
+use crate::raw_file::open_at_once;
+
+use self::cache::FrameCache;
+use self::contents::{Contents, Placed, Tools, Wait};
+use self::decoders::Decoders;
+use self::index::PageIndex;
+use self::layer::{Layer, ParentRef};
+use self::layout::MAX_STORED;
+
+pub use self::codec::Codec;
+pub use self::error::ImageError;
+pub use self::identity::ContentId;
+pub use self::input::MemoryInput;
+pub use self::pack::{PackOptions, PackReport};
+pub use self::verify::{Damage, VerifyReport};
+
+/// The size of a page, for lengths in memory.
+const PAGE_BYTES: usize = 4096;
+
+/// How far something has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of memory that are done.
+    pub done_bytes: u64,
+    /// Of so many.
+    pub total_bytes: u64,
+}
+
+/// How to open an [`Image`].
+#[derive(Clone, Debug)]
+pub struct ImageOptions {
+    parents: Vec<PathBuf>,
+    cache_bytes: usize,
+}
+
+impl Default for ImageOptions {
+    fn default() -> Self {
+        Self { parents: Vec::new(), cache_bytes: 8 << 20 }
+    }
+}
+
+impl ImageOptions {
+    /// Names a file that a layer may be over. Without one, the layer below is
+    /// looked for beside the layer, under the name it had when that was made.
+    #[must_use]
+    pub fn parent(mut self, path: impl Into<PathBuf>) -> Self {
+        self.parents.push(path.into());
+        self
+    }
+
+    /// Bounds the decoded frames that are kept for neighbours of the pages they
+    /// were decoded for: 8 MiB by default, and never less than 16 frames.
+    #[must_use]
+    pub fn cache_bytes(mut self, bytes: usize) -> Self {
+        self.cache_bytes = bytes;
+        self
+    }
+
+    /// Opens an image and the layers below it.
+    ///
+    /// # Errors
+    ///
+    /// See [`ImageError`].
+    pub fn open(self, path: impl AsRef<Path>) -> Result<Arc<Image>, ImageError> {
+        let path = path.as_ref();
+        self.open_file(open_file(path)?, path)
+    }
+
+    /// Opens an image that is open already. `path` is what it is called, and where
+    /// the layer below is looked for.
+    ///
+    /// # Errors
+    ///
+    /// See [`ImageError`].
+    pub fn open_file(self, file: File, path: &Path) -> Result<Arc<Image>, ImageError> {
+        let mut seen = HashSet::from([identity_of(&file, path)?]);
+        let mut chain = vec![Layer::open(path, file)?];
+        while let Some((layer, _)) = chain.last()
+            && let Some(parent) = &layer.parent
+        {
+            let below = self.below(layer, parent, &mut seen)?;
+            chain.push(below);
+        }
+        chain.reverse();
+        Ok(Arc::new(Image::join(path, chain, self.cache_bytes)?))
+    }
+
+    /// Opens the layer below one.
+    fn below(
+        &self,
+        layer: &Layer,
+        wanted: &ParentRef,
+        seen: &mut HashSet<(u64, u64)>,
+    ) -> Result<(Layer, PageIndex), ImageError> {
+        let path = || layer.path.clone();
+        let beside = Some(layer.path.with_file_name(&wanted.name))
+            .filter(|beside| !wanted.name.is_empty() && beside.exists());
+        let mut why_not = None;
+        for candidate in self.parents.iter().chain(&beside) {
+            let file = open_file(candidate)?;
+            let identity = identity_of(&file, candidate)?;
+            let (below, index) = Layer::open(candidate, file)?;
+            let found = ContentId(below.record.content);
+            if found != wanted.content || below.record.memory_bytes != layer.record.memory_bytes {
+                why_not.get_or_insert(ImageError::WrongParent {
+                    path: path(),
+                    parent: candidate.clone(),
+                    wanted: wanted.content,
+                    found,
+                });
+            } else if seen.insert(identity) {
+                return Ok((below, index));
+            } else {
+                why_not = Some(ImageError::Circle { path: candidate.clone() });
+            }
+        }
+        Err(why_not.unwrap_or_else(|| ImageError::NoParent {
+            path: path(),
+            parent: wanted.content,
+            name: wanted.name.clone(),
+        }))
+    }
+}
+
+/// A packed image and the layers below it, open: one memory.
+///
+/// Immutable, and shared by all who read it. In memory are 8 bytes for each run
+/// of pages that are stored in order or are alike, 16 for each frame, and
+/// [`ImageOptions::cache_bytes`] of decoded frames, whatever its size.
+#[derive(Debug)]
+pub struct Image {
+    contents: Arc<Contents>,
+    decoders: Mutex<Option<Arc<Decoders>>>,
+}
+
+impl Image {
+    /// Opens an image with default options.
+    ///
+    /// # Errors
+    ///
+    /// See [`ImageError`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Arc<Self>, ImageError> {
+        ImageOptions::default().open(path)
+    }
+
+    /// Options to open an image with.
+    pub fn options() -> ImageOptions {
+        ImageOptions::default()
+    }
+
+    /// Puts layers together, the bottom one first.
+    fn join(
+        path: &Path,
+        chain: Vec<(Layer, PageIndex)>,
+        cache_bytes: usize,
+    ) -> Result<Self, ImageError> {
+        let mut index: Option<PageIndex> = None;
+        let mut layers = Vec::new();
+        let (mut stored, mut frames, mut largest) = (0_u32, 0_u32, 0);
+        for (layer, own) in chain {
+            index = Some(match index {
+                Some(below) => own.over(&below, stored),
+                None => own,
+            });
+            let (first_stored, first_frame) = (stored, frames);
+            let sum = stored.checked_add(layer.record.stored_pages);
+            stored = sum.filter(|sum| *sum <= MAX_STORED).ok_or_else(|| ImageError::Damaged {
+                path: path.to_owned(),
+                why: "its layers store more pages than 32 bits can count".into(),
+            })?;
+            frames += u32::try_from(layer.frames.len()).unwrap_or(u32::MAX);
+            largest = largest.max(layer.record.frame_pages);
+            layers.push(Placed { layer, first_stored, first_frame });
+        }
+        let least = 16 * largest as usize * PAGE_BYTES;
+        Ok(Self {
+            contents: Arc::new(Contents {
+                name: path.display().to_string().into(),
+                layers,
+                // A chain has a layer at least.
+                index: index.unwrap_or_default(),
+                cache: FrameCache::new(cache_bytes.max(least)),
+            }),
+            decoders: Mutex::new(None),
+        })
+    }
+
+    /// Bytes of memory it has.
+    pub fn memory_bytes(&self) -> u64 {
+        self.contents.bytes()
+    }
+
+    /// What its contents are called.
+    pub fn content(&self) -> ContentId {
+        ContentId(self.contents.top().record.content)
+    }
+
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.contents.top().path
+    }
+
+    /// Reads all pages of a range of bytes that begins and ends with a page,
+    /// waiting for storage.
+    ///
+    /// # Errors
+    ///
+    /// If a page cannot be had, or is not what it was.
+    ///
+    /// # Panics
+    ///
+    /// If `to` is not as long as the range, or that is not within the memory.
+    pub fn read(&self, range: ByteRange, to: &mut [u8]) -> Result<(), SourceError> {
+        assert!(range.end() <= self.memory_bytes() && to.len() as u64 == range.len);
+        let pages = page_range(range);
+        self.contents.read(pages, Wait::May, &mut Tools::new(), to).map(|_| ())
+    }
+}
+
+/// The pages of a range of bytes within an image, whose pages 32 bits count.
+fn page_range(range: ByteRange) -> Range<u32> {
+    let page = |bytes: u64| u32::try_from(bytes / PAGE).unwrap_or(u32::MAX);
+    page(range.start)..page(range.end().next_multiple_of(PAGE))
+}
+
+fn open_file(path: &Path) -> Result<File, ImageError> {
+    let (file, metadata) = open_at_once(path).map_err(ImageError::io("open", path))?;
+    if !metadata.is_file() {
+        return Err(ImageError::NotAnImage { path: path.to_owned() });
+    }
+    Ok(file)
+}
+
+/// The same for all names of a file.
+fn identity_of(file: &File, path: &Path) -> Result<(u64, u64), ImageError> {
+    let metadata = file.metadata().map_err(ImageError::io("read", path))?;
+    Ok((metadata.dev(), metadata.ino()))
+}

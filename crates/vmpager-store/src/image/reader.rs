@@ -1,0 +1,171 @@
+//! One worker's way into an image.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, PoisonError};
+
+use vmpager_core::{
+    ByteRange, PageData, PageReader, PageSource, Priority, ReadId, ReadRequest, SourceError,
+};
+
+use super::PAGE_BYTES;
+use crate::PAGE;
+use crate::buffers::BufferPool;
+use crate::doorbell::Doorbell;
+use crate::queue::ReadQueue;
+
+use super::contents::{Contents, Tools, Wait};
+use super::decoders::{DecodeClient, Decoders, Job};
+use super::index::Kind;
+use super::{Image, page_range};
+
+/// The most bytes read and decoded at once on the worker's own thread, which
+/// serves nobody meanwhile: a quarter of a millisecond's worth.
+const AT_ONCE: u64 = 256 << 10;
+/// The most bytes to decode for that, if the pages lie in many frames.
+const DECODE_AT_ONCE: usize = 512 << 10;
+
+/// Reads given to the decoders at a time; the others wait here, where a demand
+/// overtakes. With the buffers of each, that bounds the memory of a reader.
+const DEPTH: usize = 8;
+/// Of which the fill may have so many.
+const FILL_DEPTH: usize = 4;
+/// Bytes of buffers to keep for the next reads.
+const IDLE_BYTES: usize = 2 << 20;
+
+impl PageSource for Image {
+    fn name(&self) -> Arc<str> {
+        Arc::clone(&self.contents.name)
+    }
+
+    fn len(&self) -> u64 {
+        self.memory_bytes()
+    }
+
+    fn visit_zero_ranges(&self, visit: &mut dyn FnMut(ByteRange)) {
+        for span in self.contents.index.spans().filter(|span| span.kind == Kind::Zero) {
+            visit(ByteRange::new(u64::from(span.first) * PAGE, u64::from(span.count) * PAGE));
+        }
+    }
+
+    fn open_reader(self: Arc<Self>) -> Result<Box<dyn PageReader>, SourceError> {
+        let failed = |error| SourceError::Io {
+            name: self.name(),
+            range: ByteRange::new(0, self.len()),
+            error: Arc::new(error),
+        };
+        let bell = Arc::new(Doorbell::new().map_err(failed)?);
+        let client = self.decoders().map_err(failed)?.client(Arc::clone(&bell));
+        Ok(Box::new(ImageReader {
+            contents: Arc::clone(&self.contents),
+            client,
+            bell,
+            tools: Tools::new(),
+            scratch: Vec::new(),
+            waiting: ReadQueue::new(),
+            running: HashMap::new(),
+            fills: 0,
+            buffers: BufferPool::new(IDLE_BYTES),
+        }))
+    }
+}
+
+impl Image {
+    /// The threads that decode, started when they are first needed.
+    fn decoders(&self) -> io::Result<Arc<Decoders>> {
+        let mut decoders = self.decoders.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(decoders) = &*decoders {
+            return Ok(Arc::clone(decoders));
+        }
+        let spawned = Arc::new(Decoders::spawn(&self.contents)?);
+        *decoders = Some(Arc::clone(&spawned));
+        Ok(spawned)
+    }
+}
+
+#[derive(Debug)]
+struct ImageReader {
+    contents: Arc<Contents>,
+    client: DecodeClient,
+    bell: Arc<Doorbell>,
+    tools: Tools,
+    scratch: Vec<u8>,
+    /// Reads that the decoders have not been given yet.
+    waiting: ReadQueue<ReadId, ByteRange>,
+    /// Those they have.
+    running: HashMap<ReadId, (ByteRange, Priority)>,
+    fills: usize,
+    buffers: BufferPool,
+}
+
+impl ImageReader {
+    fn start_next(&mut self) {
+        while let Some((priority, _)) = self.waiting.peek() {
+            let full = self.running.len() >= DEPTH
+                || priority == Priority::Fill && self.fills >= FILL_DEPTH;
+            let Some((id, priority, range)) = (!full).then(|| self.waiting.pop()).flatten() else {
+                return;
+            };
+            let pages = page_range(range);
+            let buf = self.buffers.take(pages.len() * PAGE_BYTES);
+            self.fills += usize::from(priority == Priority::Fill);
+            self.running.insert(id, (range, priority));
+            self.client.start(id, priority, Job { pages, buf });
+        }
+    }
+}
+
+/// The part of whole pages that a range is.
+fn part(pages: &[u8], range: ByteRange) -> PageData<'_> {
+    let skip = usize::try_from(range.start % PAGE).unwrap_or(0);
+    let len = usize::try_from(range.len).unwrap_or(usize::MAX);
+    PageData::Bytes(&pages[skip..skip + len])
+}
+
+impl PageReader for ImageReader {
+    fn try_read(&mut self, range: ByteRange) -> Result<Option<PageData<'_>>, SourceError> {
+        if range.len > AT_ONCE {
+            return Ok(None);
+        }
+        let pages = page_range(range);
+        self.scratch.resize(pages.len() * PAGE_BYTES, 0);
+        let wait = Wait::Never { budget: DECODE_AT_ONCE };
+        let whole = self.contents.read(pages, wait, &mut self.tools, &mut self.scratch)?;
+        Ok(whole.then(|| part(&self.scratch, range)))
+    }
+
+    fn at_hand_bytes(&self) -> u64 {
+        AT_ONCE
+    }
+
+    fn submit(&mut self, request: ReadRequest) {
+        self.waiting.push(request.id, request.priority, request.range);
+        self.start_next();
+    }
+
+    fn promote(&mut self, id: ReadId, priority: Priority) {
+        if self.waiting.promote(id, priority) {
+            self.start_next();
+        } else {
+            self.client.promote(id, priority);
+        }
+    }
+
+    fn complete(&mut self, done: &mut dyn FnMut(ReadId, Result<PageData<'_>, SourceError>)) {
+        // First the bell, then the reads: one that ends in between rings anew.
+        self.bell.clear();
+        for decoded in self.client.take() {
+            let Some((range, priority)) = self.running.remove(&decoded.id) else { continue };
+            self.fills -= usize::from(priority == Priority::Fill);
+            // The decoders work on these while the caller installs this one.
+            self.start_next();
+            done(decoded.id, decoded.result.map(|()| part(&decoded.buf, range)));
+            self.buffers.give(decoded.buf);
+        }
+    }
+
+    fn ready_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.bell.as_fd())
+    }
+}
