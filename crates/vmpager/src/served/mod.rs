@@ -380,6 +380,7 @@ impl Served {
     /// Reads a claimed run and installs it: at once if its bytes are at hand,
     /// else when they are.
     fn fetch(&mut self, run: PageRun, waiter: Waiter, reads: &mut Reads) -> Result<(), Lost> {
+        let run = self.shorten_to_bytes(run, waiter.page, reads.reader.at_hand_bytes());
         let (_, range) = self.engine.slots().locate(run);
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
@@ -416,6 +417,15 @@ impl Served {
         self.engine.released(PageRun::new(run.first, first - run.first));
         self.engine.released(PageRun::new(end, run.end() - end));
         PageRun::new(first, end - first)
+    }
+
+    /// The same, of at most so many bytes, but a page at least.
+    fn shorten_to_bytes(&mut self, run: PageRun, page: u64, bytes: u64) -> PageRun {
+        let (slot, _) = self.engine.slots().slot_of(page);
+        match (bytes >> slot.page_size.shift()).max(1) {
+            most if most < run.count => self.shorten(run, page, most),
+            _ => run,
+        }
     }
 }
 

@@ -1,0 +1,225 @@
+//! Memory served from packed images: every byte right, whatever the codec, the
+//! layers and the failures; never a byte of a damaged frame.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+#[macro_use]
+mod common;
+
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{HUGE, Holds, PAGE, huge_pool, mapping, page, page_by_kernel, range};
+use tempfile::TempDir;
+use vmpager::core::{ByteRange, PageSize, PageSource};
+use vmpager::{NeighbourPolicy, Pager};
+use vmpager_store::FaultySource;
+use vmpager_store::faulty::Times;
+use vmpager_store::image::{Codec, Image, MemoryInput, PackOptions, Progress};
+use vmpager_sys::memory::Mapping;
+
+const LIMIT: Duration = Duration::from_secs(20);
+/// Five huge pages.
+const PAGES: usize = 5 * HUGE / PAGE;
+
+/// What a page holds: numbers of its own, zeroes, or the same as others.
+fn expected(page: usize) -> Holds {
+    match page % 9 {
+        3 | 4 => Holds::Zero,
+        7 => Holds::Word(1000 + page as u64 % 5),
+        _ if (600..900).contains(&page) => Holds::Zero,
+        _ => Holds::Source(page * PAGE),
+    }
+}
+
+fn bytes_of(page: Holds) -> Vec<u8> {
+    let word = |n: usize| match page {
+        Holds::Source(from) => (from + n * 8) as u64 + 1,
+        Holds::Word(word) => word,
+        _ => 0,
+    };
+    (0..PAGE / 8).flat_map(|n| word(n).to_le_bytes()).collect()
+}
+
+fn go_on(_: Progress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+struct Images(TempDir);
+
+impl Images {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn raw(&self, expected: impl Fn(usize) -> Holds) -> MemoryInput {
+        let path = self.0.path().join("raw");
+        let bytes: Vec<u8> = (0..PAGES).flat_map(|page| bytes_of(expected(page))).collect();
+        std::fs::write(&path, bytes).unwrap();
+        MemoryInput::raw(path).unwrap()
+    }
+
+    fn make(&self, codec: Codec) -> PathBuf {
+        let path = self.0.path().join(codec.name());
+        PackOptions::default().codec(codec).pack(&self.raw(expected), &path, &mut go_on).unwrap();
+        path
+    }
+
+    /// A layer over an image, with other contents.
+    fn layer(&self, base: &Path, name: &str, expected: impl Fn(usize) -> Holds) -> PathBuf {
+        let path = self.0.path().join(name);
+        let base = Image::open(base).unwrap();
+        let options = PackOptions::default().frame_bytes(16384);
+        options.diff(&base, &self.raw(expected), &path, &mut go_on).unwrap();
+        path
+    }
+}
+
+fn start(source: Arc<dyn PageSource>, memory: &Arc<Mapping>, fill: bool) -> Pager {
+    Pager::builder(source).region(&range(memory), 0).background_fill(fill).start().unwrap()
+}
+
+/// Touches every page in an order that jumps about.
+fn assert_pages(memory: &Mapping, expected: impl Fn(usize) -> Holds) {
+    for i in 0..PAGES {
+        let at = i * 421 % PAGES;
+        assert_eq!(page(memory, at * PAGE), expected(at), "page {at}");
+    }
+}
+
+#[test]
+fn every_byte_is_right_whatever_the_codec_on_demand_and_with_fill() {
+    begin!();
+    let images = Images::new();
+    for codec in Codec::ALL {
+        let image = Image::open(images.make(codec)).unwrap();
+        for policy in [NeighbourPolicy::Off, NeighbourPolicy::default()] {
+            for fill in [false, true] {
+                let memory = mapping(PAGES);
+                let pager = Pager::builder(image.clone())
+                    .region(&range(&memory), 0)
+                    .neighbours(policy)
+                    .background_fill(fill)
+                    .start()
+                    .unwrap();
+                assert_pages(&memory, expected);
+                assert!(!fill || pager.wait_filled(LIMIT), "{codec}");
+                let stats = pager.stats();
+                assert_eq!(stats.pages_missing, 0, "{codec}, {policy:?}: {stats:?}");
+                assert_eq!(stats.pages_poisoned, 0);
+                assert_pages(&memory, expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn many_threads_and_the_fill_at_once_see_right_bytes_through_layers() {
+    begin!();
+    let images = Images::new();
+    let first = |page| if page % 13 == 0 { Holds::Word(77) } else { expected(page) };
+    let second = |page| if page % 17 == 0 { Holds::Zero } else { first(page) };
+    let base = images.make(Codec::Lz4);
+    let middle = images.layer(&base, "middle", first);
+    let top = Image::open(images.layer(&middle, "top", second)).unwrap();
+    let memory = mapping(PAGES);
+    let pager = start(top, &memory, true);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let memory = &memory;
+            scope.spawn(move || {
+                for i in 0..PAGES {
+                    let at = (i * 421 + thread * 300) % PAGES;
+                    assert_eq!(page(memory, at * PAGE), second(at), "page {at}");
+                }
+            });
+        }
+    });
+    assert!(pager.wait_filled(LIMIT));
+}
+
+#[test]
+fn pages_of_a_damaged_frame_are_poisoned_and_all_others_right() {
+    begin!();
+    let images = Images::new();
+    for codec in Codec::ALL {
+        let path = images.make(codec);
+        let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        let image = Image::open(&path).unwrap();
+        let undamaged = image.verify(2, &mut go_on).unwrap();
+        assert!(undamaged.damage.is_empty());
+        // Somewhere in the middle of the frames.
+        let mut byte = [0];
+        let at = undamaged.file_bytes / 3;
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+        // Opened anew: frames decoded before the damage would still be right.
+        let image = Image::open(&path).unwrap();
+        let damage = image.verify(2, &mut go_on).unwrap().damage;
+        assert_eq!(damage.len(), 1, "{codec}");
+        let lost = |page: usize| {
+            let at = (page * PAGE) as u64;
+            damage[0].memory.iter().any(|range| range.contains(&at))
+        };
+        let count = (0..PAGES).filter(|page| lost(*page)).count();
+        assert!((16..PAGES / 3).contains(&count), "{codec}: {count}");
+        for fill in [false, true] {
+            let memory = mapping(PAGES);
+            let pager = start(image.clone(), &memory, fill);
+            for i in 0..PAGES {
+                let at = i * 421 % PAGES;
+                match page_by_kernel(&memory, at * PAGE) {
+                    Ok(holds) => assert_eq!((holds, lost(at)), (expected(at), false), "page {at}"),
+                    Err(error) => assert!(lost(at), "{codec}, page {at}: {error}"),
+                }
+            }
+            assert!(!fill || pager.wait_filled(LIMIT));
+            let poisoned = pager.stats().pages_poisoned;
+            assert_eq!(poisoned, count as u64, "{codec}, fill {fill}");
+        }
+    }
+}
+
+/// Each page fails twice before it can be had, in turn at hand and later.
+#[test]
+fn reads_that_fail_for_a_while_cost_time_and_no_byte() {
+    begin!();
+    let images = Images::new();
+    let image = Image::open(images.make(Codec::Zstd)).unwrap();
+    for never_at_hand in [false, true] {
+        let source = FaultySource::wrap(image.clone());
+        for page in (0..PAGES).step_by(97) {
+            let range = ByteRange::new((page * PAGE) as u64, PAGE as u64);
+            source.fail(range, Times::Often(2));
+        }
+        if never_at_hand {
+            source.never_at_hand();
+        }
+        let memory = mapping(PAGES);
+        let pager = start(source, &memory, true);
+        assert_pages(&memory, expected);
+        assert!(pager.wait_filled(LIMIT));
+        assert_eq!(pager.stats().pages_poisoned, 0);
+    }
+}
+
+#[test]
+fn huge_pages_are_served_whole() {
+    begin!();
+    let Some(_pool) = huge_pool(5) else { return };
+    let images = Images::new();
+    let image = Image::open(images.make(Codec::Lz4)).unwrap();
+    for fill in [false, true] {
+        let memory = Arc::new(Mapping::hugetlb_2m(5 * HUGE).unwrap());
+        let pager = Pager::builder(image.clone())
+            .region_of(&range(&memory), 0, PageSize::Size2M)
+            .background_fill(fill)
+            .start()
+            .unwrap();
+        assert_pages(&memory, expected);
+        assert!(!fill || pager.wait_filled(LIMIT));
+        assert_eq!(pager.stats().pages_missing, 0);
+    }
+}
