@@ -4,6 +4,7 @@
 mod bench;
 mod demo;
 mod doctor;
+mod image;
 mod output;
 mod restore;
 mod scratch;
@@ -44,6 +45,9 @@ enum Command {
     /// Serve VMs' memory from a file, in place of Firecracker's example
     /// page-fault handler.
     Serve(serve::ServeArgs),
+    /// Pack memory files into small images that VMs are served from.
+    #[command(subcommand)]
+    Image(image::ImageCommand),
     /// Measure, side by side with the floor or a peer.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::Image(command) => image::run(command),
         Command::Bench(command) => bench::run(command),
         Command::Completions { shell } => {
             let mut script = Vec::new();

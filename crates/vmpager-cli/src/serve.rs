@@ -2,16 +2,19 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
+use vmpager::core::PageSource;
 use vmpager::daemon::DaemonEvent;
 use vmpager::{Daemon, DaemonConfig, NeighbourPolicy, ServeOptions, SessionSummary};
 use vmpager_store::RawFile;
 
+use crate::image::Parents;
 use crate::output;
 
 /// Options of `vmpager serve`.
@@ -21,6 +24,7 @@ use crate::output;
     curl --unix-socket /run/fc.sock -X PUT http://localhost/snapshot/load -d '{\n    \
     \"snapshot_path\": \"/snap/vmstate\", \"resume_vm\": true,\n    \
     \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/vm/pager.sock\"}}'\n\n\
+    vmpager serve --socket /run/vm/pager.sock --image /snap/mem.vmimg\n\n\
     Any number of VMs may connect. The memory file must not change meanwhile.\n\
     SIGTERM and SIGINT stop it: what is in flight is finished first, and each VM\n\
     that still misses memory is named.")]
@@ -29,8 +33,13 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "SOCKET")]
     socket: PathBuf,
     /// The memory file of the snapshot.
-    #[arg(long, value_name = "FILE")]
-    memory: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "image")]
+    memory: Option<PathBuf>,
+    /// A packed image of the memory instead (`vmpager image pack`).
+    #[arg(long, value_name = "IMAGE", conflicts_with = "memory")]
+    image: Option<PathBuf>,
+    #[command(flatten)]
+    parents: Parents,
     /// Bring in all memory while the VM runs, then detach from it.
     #[arg(long)]
     background_fill: bool,
@@ -106,7 +115,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     config.partial = args.partial;
     config.once = args.once;
     config.handshake_timeout = Duration::from_secs(args.handshake_timeout);
-    let memory_bytes = config.source.len();
+    let (name, memory_bytes) = (config.source.name(), config.source.len());
     let workers = config.workers;
 
     let daemon = Daemon::bind(config)?;
@@ -116,7 +125,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     }
     info!(
         socket = %args.socket.display(),
-        memory = %args.memory.display(),
+        memory = %name,
         memory_bytes,
         workers,
         "listening"
@@ -160,10 +169,19 @@ fn workers(args: &ServeArgs) -> usize {
     args.workers.map_or(cpus, usize::from)
 }
 
-fn open(args: &ServeArgs) -> anyhow::Result<std::sync::Arc<RawFile>> {
-    let options =
-        RawFile::options().max_mapped(MAX_MAPPED).max_buffered(MAX_BUFFERED / workers(args));
-    Ok(options.open(&args.memory)?)
+fn open(args: &ServeArgs) -> anyhow::Result<Arc<dyn PageSource>> {
+    match (&args.image, &args.memory) {
+        (Some(image), _) => Ok(args.parents.open(image)?),
+        (None, Some(_)) if args.parents.are_given() => {
+            bail!("--parent names a layer below an --image; a raw memory file has none")
+        }
+        (None, Some(memory)) => {
+            let buffered = MAX_BUFFERED / workers(args);
+            let options = RawFile::options().max_mapped(MAX_MAPPED).max_buffered(buffered);
+            Ok(options.open(memory)?)
+        }
+        (None, None) => bail!("give the memory with --memory or --image"),
+    }
 }
 
 fn keep_metrics(args: &ServeArgs, report: &ServeReport) -> anyhow::Result<()> {

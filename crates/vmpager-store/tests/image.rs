@@ -143,6 +143,19 @@ fn the_same_memory_makes_the_same_image() {
     assert_eq!(other.content, dir.pack("image", &bytes, &frames(65536)).content);
 }
 
+/// Reading is faster than compressing by far, and has to wait.
+#[test]
+fn all_memory_is_packed_however_long_compressing_takes() {
+    let dir = Dir::new();
+    let mut bytes = common::numbered(24 << 8);
+    for (n, page) in (0..).zip(bytes.chunks_mut(4096)) {
+        page[..2048]
+            .copy_from_slice(&memory::page(Page::Noise(u8::try_from(n % 251).unwrap()))[..2048]);
+    }
+    dir.pack("image", &bytes, &frames(65536).level(7).threads(1));
+    assert!(read_all(&Image::open(dir.path("image")).unwrap()) == bytes);
+}
+
 #[test]
 fn unpacking_restores_the_bytes_and_the_holes() {
     let dir = Dir::new();

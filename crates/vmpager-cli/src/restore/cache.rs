@@ -78,7 +78,8 @@ fn read_through(file: &File, data: &[Range<u64>]) -> std::io::Result<()> {
     for range in data {
         for start in range.clone().step_by(PIECE) {
             let len = usize::try_from(range.end - start).map_or(PIECE, |left| left.min(PIECE));
-            file.read_exact_at(&mut bytes[..len], start)?;
+            // The last page of an image may be a part of one.
+            file.read_at(&mut bytes[..len], start)?;
         }
     }
     Ok(())
@@ -90,9 +91,13 @@ fn drop_pages(file: &File) -> std::io::Result<()> {
     Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?)
 }
 
-/// Where the file is no hole. Holes cost no read, and on tmpfs reading them
-/// leaves nothing in the page cache.
+/// Where the file is no hole, in whole pages. Holes cost no read, and on tmpfs
+/// reading them leaves nothing in the page cache.
 fn data_ranges(path: &Path, len: u64) -> anyhow::Result<Vec<Range<u64>>> {
+    if !len.is_multiple_of(4096) {
+        // A packed image, which has no holes.
+        return Ok(std::iter::once(0..len.next_multiple_of(4096)).collect());
+    }
     let mut data = Vec::new();
     let mut at = 0;
     RawFile::open(path)?.visit_zero_ranges(&mut |hole| {
@@ -106,7 +111,7 @@ fn data_ranges(path: &Path, len: u64) -> anyhow::Result<Vec<Range<u64>>> {
 
 /// Which share of the pages of these ranges the page cache holds.
 fn resident_share(file: &File, len: u64, data: &[Range<u64>]) -> std::io::Result<f64> {
-    let map = FileMap::new(file.as_fd(), len)?;
+    let map = FileMap::new(file.as_fd(), len.next_multiple_of(4096))?;
     let (mut resident, mut all) = (0, 0);
     for range in data {
         for start in range.clone().step_by(64 * 4096) {

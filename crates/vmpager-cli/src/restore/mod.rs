@@ -28,6 +28,11 @@ pub(crate) enum Mode {
     /// Served by `vmpager serve --background-fill`.
     #[value(name = "on-demand+fill")]
     OnDemandFill,
+    /// Served by `vmpager serve --image`, from a packed image.
+    Packed,
+    /// Served by `vmpager serve --image --background-fill`.
+    #[value(name = "packed+fill")]
+    PackedFill,
     /// Served by a handler that answers each fault with one page: poll, read,
     /// UFFDIO_COPY.
     Naive,
@@ -41,8 +46,22 @@ impl Mode {
             Self::Mmap => "mmap",
             Self::OnDemand => "on-demand",
             Self::OnDemandFill => "on-demand+fill",
+            Self::Packed => "packed",
+            Self::PackedFill => "packed+fill",
             Self::Naive => "naive",
         }
+    }
+
+    /// The file that memory comes from: the snapshot's, or the image of it.
+    pub(crate) fn memory_file(self, snapshot: &SnapshotPaths) -> PathBuf {
+        match self {
+            Self::Packed | Self::PackedFill => snapshot.memory.with_extension("vmimg"),
+            _ => snapshot.memory.clone(),
+        }
+    }
+
+    fn fills(self) -> bool {
+        matches!(self, Self::OnDemandFill | Self::PackedFill)
     }
 }
 
@@ -85,7 +104,9 @@ pub(crate) fn restore(
     let by = match mode {
         Mode::Eager => "eager",
         Mode::Mmap => "mmap",
-        Mode::OnDemand | Mode::OnDemandFill | Mode::Naive => "pager",
+        Mode::OnDemand | Mode::OnDemandFill | Mode::Packed | Mode::PackedFill | Mode::Naive => {
+            "pager"
+        }
     };
     let mut args: Vec<PathBuf> = vec!["vm-process".into(), "--restore".into(), by.into()];
     args.extend(["--state".into(), snapshot.state.clone()]);
@@ -110,14 +131,13 @@ fn start_pager(
 ) -> anyhow::Result<Option<Running>> {
     let mut args: Vec<PathBuf> = match mode {
         Mode::Eager | Mode::Mmap => return Ok(None),
-        Mode::OnDemand => vec!["serve".into(), "--once".into(), "--json".into()],
-        Mode::OnDemandFill => {
-            vec!["serve".into(), "--once".into(), "--json".into(), "--background-fill".into()]
-        }
         Mode::Naive => vec!["naive-handler".into()],
+        _ => vec!["serve".into(), "--once".into(), "--json".into()],
     };
+    args.extend(mode.fills().then(|| "--background-fill".into()));
     args.extend(["--socket".into(), socket.into()]);
-    args.extend(["--memory".into(), snapshot.memory.clone()]);
+    let from = if matches!(mode, Mode::Packed | Mode::PackedFill) { "--image" } else { "--memory" };
+    args.extend([from.into(), mode.memory_file(snapshot)]);
     let mut pager = vmpager(&args)?;
     pager.wait_for(socket)?;
     Ok(Some(pager))

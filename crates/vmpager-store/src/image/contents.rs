@@ -126,9 +126,14 @@ impl Contents {
         Ok(true)
     }
 
+    /// The layer that has a stored page.
+    pub(crate) fn layer_of(&self, stored: u32) -> usize {
+        self.layers.partition_point(|placed| placed.first_stored <= stored) - 1
+    }
+
     /// The frame of a stored page, and how many of `pages` are in it.
     fn part(&self, stored: u32, pages: u32) -> Part {
-        let layer = self.layers.partition_point(|placed| placed.first_stored <= stored) - 1;
+        let layer = self.layer_of(stored);
         let placed = &self.layers[layer];
         let nth = stored - placed.first_stored;
         let ImageRecord { frame_pages, stored_pages, .. } = placed.layer.record;

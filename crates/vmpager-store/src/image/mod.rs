@@ -27,6 +27,7 @@ mod error;
 mod identity;
 mod index;
 mod input;
+mod inspect;
 mod layer;
 mod layout;
 mod output;
@@ -59,6 +60,7 @@ pub use self::codec::Codec;
 pub use self::error::ImageError;
 pub use self::identity::ContentId;
 pub use self::input::MemoryInput;
+pub use self::inspect::{Cell, Inspection, LayerInfo};
 pub use self::pack::{PackOptions, PackReport};
 pub use self::verify::{Damage, VerifyReport};
 

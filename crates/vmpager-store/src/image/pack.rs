@@ -31,7 +31,7 @@ use super::{ContentId, Image, Progress};
 /// Pages read and hashed at a time: 1 MiB.
 const BLOCK_PAGES: u32 = 256;
 /// Bytes of frames that wait to be compressed, for each thread.
-const FRAME_BYTES_AHEAD: usize = 4 << 20;
+const FRAME_BYTES_AHEAD: usize = 1 << 20;
 /// Pages remembered in order to find their duplicates, about 90 MB of memory. Of
 /// larger memories some duplicates are stored twice.
 const REMEMBERED: usize = 3_600_000;
@@ -93,7 +93,7 @@ impl PackOptions {
     /// Packs memory into a new image. `progress` is told now and then; if it says
     /// so, nothing is made.
     ///
-    /// In memory are some 10 MiB for each thread, and what finds duplicates:
+    /// In memory are some 5 MiB for each thread, and what finds duplicates:
     /// 24 to 48 bytes a distinct page, 90 MB at most.
     ///
     /// # Errors
@@ -376,19 +376,18 @@ impl<'a> Packer<'a> {
     ) -> Result<PackReport, ImageError> {
         let data = self.memory.data();
         let total_bytes = data.iter().map(|range| range.len() as u64 * PAGE).sum();
-        let mut blocks = data.into_iter().flat_map(blocks_of);
+        let mut blocks = data.into_iter().flat_map(blocks_of).peekable();
         let mut done_bytes = 0;
-        loop {
-            while self.may_send() {
-                let Some(pages) = blocks.next() else { break };
+        while blocks.peek().is_some() || self.flight.blocks_taken < self.flight.blocks_sent {
+            while self.may_send()
+                && let Some(pages) = blocks.next()
+            {
                 let bytes = self.flight.spare_blocks.pop().unwrap_or_default();
                 let number = self.flight.blocks_sent;
                 self.flight.blocks_sent += 1;
                 let _ = jobs.send(Job::Block { number, pages, bytes });
             }
-            if self.flight.blocks_taken == self.flight.blocks_sent {
-                break;
-            }
+            // Blocks, or the frames that they wait for.
             done_bytes += self.take(done, &jobs)?;
             if progress(Progress { done_bytes, total_bytes }).is_break() {
                 return Err(ImageError::Interrupted);

@@ -9,6 +9,7 @@ use anyhow::bail;
 
 use self::report::{Report, Row};
 use self::subject::Subject;
+use crate::image::CodecArg;
 use crate::restore::{Cache, Mode, Restored, Work, prepare_cache, restore, warm_up_memory};
 use crate::size;
 use crate::vm_process::GuestCpu;
@@ -51,6 +52,12 @@ pub(crate) struct RestoreArgs {
     /// Ways to restore [default: all].
     #[arg(long, value_enum, value_delimiter = ',')]
     modes: Option<Vec<Mode>>,
+    /// How the images of the packed ways are compressed.
+    #[arg(long, value_enum, default_value_t = CodecArg::Lz4)]
+    codec: CodecArg,
+    /// Their frames.
+    #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = size::parse)]
+    frame_size: u64,
     /// Rounds.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -65,7 +72,15 @@ pub(crate) struct RestoreArgs {
     json: bool,
 }
 
-const MODES: [Mode; 5] = [Mode::Naive, Mode::Mmap, Mode::OnDemand, Mode::OnDemandFill, Mode::Eager];
+const MODES: [Mode; 7] = [
+    Mode::Naive,
+    Mode::Mmap,
+    Mode::OnDemand,
+    Mode::OnDemandFill,
+    Mode::Packed,
+    Mode::PackedFill,
+    Mode::Eager,
+];
 
 pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<()> {
     let mut report = Report::new(args.rounds);
@@ -86,12 +101,15 @@ fn measure(args: &RestoreArgs, subject: &Subject, report: &mut Report) -> anyhow
     warm_up_memory(subject.contents_bytes)?;
     report.add(subject);
     let modes = args.modes.clone().unwrap_or_else(|| MODES.to_vec());
+    if modes.iter().any(|mode| matches!(mode, Mode::Packed | Mode::PackedFill)) {
+        subject.pack(args)?;
+    }
     let caches = args.cache.map_or_else(|| vec![Cache::Warm, Cache::Cold], |cache| vec![cache]);
     for cache in caches {
         let mut runs: Vec<Vec<Restored>> = vec![Vec::new(); modes.len()];
         for round in 0..args.rounds {
             for (mode, runs) in modes.iter().zip(&mut runs) {
-                prepare_cache(&subject.paths.memory, cache)?;
+                prepare_cache(&mode.memory_file(&subject.paths), cache)?;
                 let work = Work {
                     touches: Some(subject.touches),
                     sequential: args.sequential,

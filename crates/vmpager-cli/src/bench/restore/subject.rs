@@ -1,12 +1,15 @@
 //! What is restored: a snapshot made for the purpose, or one that is given.
 
+use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use vmpager_store::image::{MemoryInput, PackOptions};
 use vmpager_vm::{Filling, Snapshot, SnapshotPaths, Vm, VmConfig};
 
 use super::RestoreArgs;
+use crate::restore::Mode;
 use crate::scratch::Scratch;
 use crate::size;
 use crate::vm_process::cpu_name;
@@ -55,6 +58,10 @@ impl Subject {
             return Self::built_in(args, with_room(memory_bytes), filling, guest);
         }
         let scratch = Scratch::new(args.dir.as_deref(), 0)?;
+        // Beside it its image is made, and removed at the end.
+        let linked = scratch.path().join("memory.raw");
+        std::os::unix::fs::symlink(std::path::absolute(memory)?, &linked)?;
+        let paths = SnapshotPaths { memory: linked, ..paths };
         let (guest, vm) = ("linux", "kvm");
         let contents_bytes = std::fs::metadata(memory)?.blocks() * 512;
         Ok(Self { paths, scratch, guest, vm, memory_bytes, contents_bytes, touches: 0 })
@@ -78,6 +85,20 @@ impl Subject {
         let touches = args.touches.unwrap_or(TOUCHES.min(pages));
         let (vm, contents_bytes) = (cpu_name(vm.cpu()), pages * 4096);
         Ok(Self { paths, scratch, guest, vm, memory_bytes, contents_bytes, touches })
+    }
+}
+
+impl Subject {
+    /// Makes the image of the memory that the packed ways restore from.
+    pub(super) fn pack(&self, args: &RestoreArgs) -> anyhow::Result<()> {
+        let options = PackOptions::default()
+            .codec(args.codec.into())
+            .frame_bytes(args.frame_size)
+            .replace(true);
+        let image = Mode::Packed.memory_file(&self.paths);
+        let memory = MemoryInput::raw(&self.paths.memory)?;
+        options.pack(&memory, &image, &mut |_| ControlFlow::Continue(()))?;
+        Ok(())
     }
 }
 

@@ -1,0 +1,114 @@
+//! `vmpager image`: packed images.
+
+mod inspect;
+mod pack;
+mod progress;
+mod verify;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::{Subcommand, ValueEnum};
+use vmpager_store::image::{Codec, Image};
+
+/// What to do with images.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Make an image of a raw memory file.
+    Pack(pack::PackArgs),
+    /// Write the contents of an image to a raw memory file.
+    Unpack(pack::UnpackArgs),
+    /// Show what an image is made of.
+    Inspect(inspect::InspectArgs),
+    /// Look at every bit of an image.
+    Verify(verify::VerifyArgs),
+    /// Make a layer over an image: what changed since.
+    Diff(pack::DiffArgs),
+    /// Make one image of a layer and all that is below.
+    Flatten(pack::FlattenArgs),
+}
+
+pub(crate) fn run(command: &ImageCommand) -> anyhow::Result<()> {
+    match command {
+        ImageCommand::Pack(args) => pack::pack(args),
+        ImageCommand::Unpack(args) => pack::unpack(args),
+        ImageCommand::Inspect(args) => inspect::run(args),
+        ImageCommand::Verify(args) => verify::run(args),
+        ImageCommand::Diff(args) => pack::diff(args),
+        ImageCommand::Flatten(args) => pack::flatten(args),
+    }
+}
+
+/// Where the layers below an image are.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Parents {
+    /// An image that a layer may be over; may be given several times [default:
+    /// the name it had when the layer was made, beside the layer].
+    #[arg(long = "parent", value_name = "IMAGE")]
+    parents: Vec<PathBuf>,
+}
+
+impl Parents {
+    pub(crate) fn are_given(&self) -> bool {
+        !self.parents.is_empty()
+    }
+
+    /// Opens an image over them.
+    pub(crate) fn open(&self, path: &Path) -> anyhow::Result<Arc<Image>> {
+        let options = self.parents.iter().fold(Image::options(), |o, parent| o.parent(parent));
+        Ok(options.open(path)?)
+    }
+}
+
+/// How many threads work.
+#[derive(Clone, Debug, clap::Args)]
+struct Threads {
+    /// Threads [default: one per CPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+}
+
+impl Threads {
+    fn count(&self) -> usize {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.map_or(cpus, usize::from)
+    }
+}
+
+/// A compression method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CodecArg {
+    /// Store pages as they are.
+    None,
+    /// Fastest to restore.
+    Lz4,
+    /// Smallest.
+    Zstd,
+}
+
+impl From<CodecArg> for Codec {
+    fn from(arg: CodecArg) -> Self {
+        match arg {
+            CodecArg::None => Self::None,
+            CodecArg::Lz4 => Self::Lz4,
+            CodecArg::Zstd => Self::Zstd,
+        }
+    }
+}
+
+/// A path for people.
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// `part` of `all`; 0 of nothing.
+fn share(part: u64, all: u64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "a share needs no more digits")]
+    let share = part as f64 / all.max(1) as f64;
+    share
+}
+
+fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
+    crate::output::replace_file(path, text.as_bytes()).with_context(|| shown(path))
+}
