@@ -66,6 +66,7 @@ fn host(command_line: &CommandLine) -> anyhow::Result<()> {
         .collect();
     let lab = Lab {
         vmpager: "/bin/vmpager".into(),
+        matrix: "/bin/matrix".into(),
         kernel: "/lab/kernel".into(),
         initrd: "/lab/guest-initramfs".into(),
         scratch: "/tmp".into(),

@@ -99,6 +99,7 @@ impl Boot {
     ) -> anyhow::Result<Self> {
         let mut command = Command::new(&programs.lab);
         command.args(["run", "--direct"]).arg("--vmpager").arg(&programs.vmpager);
+        command.arg("--matrix").arg(&programs.matrix);
         command.arg("--kernel").arg(guest.image()).arg("--initrd").arg(initrd);
         command.arg("--scratch").arg(scratch);
         command.args(cases.iter().map(|case| &case.name));

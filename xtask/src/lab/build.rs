@@ -2,10 +2,11 @@
 //! nothing else.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use serde_json::Value;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -16,6 +17,9 @@ pub(super) struct Programs {
     pub(super) vmpager: PathBuf,
     /// The lab's init, its tests, and the init of its guests.
     pub(super) lab: PathBuf,
+    /// The test of all kinds of access, which is also one of this machine's own
+    /// tests.
+    pub(super) matrix: PathBuf,
 }
 
 /// One test, as the lab's program lists it.
@@ -31,17 +35,7 @@ pub(super) struct Case {
 /// Builds the programs, in a target directory of their own: other flags would
 /// make cargo build everything anew in the usual one.
 pub(super) fn programs(root: &Path, target: &Path) -> anyhow::Result<Programs> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    let status = Command::new(cargo)
-        .current_dir(root)
-        .env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim())
-        // Loading what nobody reads takes time in the emulator.
-        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
-        // The programs are tested here, not measured.
-        .env("CARGO_PROFILE_RELEASE_LTO", "off")
-        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
-        .env("CARGO_TARGET_DIR", target)
+    let status = cargo(root, target)
         .args(["build", "--release", "--target", TARGET])
         .args(["--package", "vmpager-cli", "--package", "vmpager-lab"])
         .status()
@@ -50,7 +44,46 @@ pub(super) fn programs(root: &Path, target: &Path) -> anyhow::Result<Programs> {
         bail!("building the lab's programs failed ({status}); static ones need libc6-dev");
     }
     let out = target.join(TARGET).join("release");
-    Ok(Programs { vmpager: out.join("vmpager"), lab: out.join("vmpager-lab") })
+    let matrix = test_program(root, target, "vmpager-kvm", "matrix")?;
+    Ok(Programs { vmpager: out.join("vmpager"), lab: out.join("vmpager-lab"), matrix })
+}
+
+/// Builds a test, and says where it is.
+fn test_program(root: &Path, target: &Path, package: &str, test: &str) -> anyhow::Result<PathBuf> {
+    let output = cargo(root, target)
+        .args(["test", "--no-run", "--release", "--target", TARGET])
+        .args(["--package", package, "--test", test])
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo cannot be run")?;
+    if !output.status.success() {
+        bail!("building the test {test} of {package} failed ({})", output.status);
+    }
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let program = messages.lines().find_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        let is_it = message["target"]["name"] == test;
+        message["executable"].as_str().filter(|_| is_it).map(PathBuf::from)
+    });
+    program.with_context(|| format!("cargo names no program for the test {test} of {package}"))
+}
+
+/// Cargo for static programs that go into the lab.
+fn cargo(root: &Path, target: &Path) -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    let mut command = Command::new(cargo);
+    command
+        .current_dir(root)
+        .env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim())
+        // Loading what nobody reads takes time in the emulator.
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        // The programs are tested here, not measured.
+        .env("CARGO_PROFILE_RELEASE_LTO", "off")
+        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
+        .env("CARGO_TARGET_DIR", target);
+    command
 }
 
 /// Asks the lab's program for its tests.

@@ -30,6 +30,7 @@ pub(super) fn host(
     archive.directories(&["bin", "lab", "lab/modules"])?;
     archive.copy("init", PROGRAM, &programs.lab)?;
     archive.copy("bin/vmpager", PROGRAM, &programs.vmpager)?;
+    archive.copy("bin/matrix", PROGRAM, &programs.matrix)?;
     for (number, module) in host.modules().iter().enumerate() {
         let name = format!("lab/modules/{number:02}-{}.ko", module.name);
         archive.add(&name, FILE, &module.object)?;

@@ -25,12 +25,18 @@ const ENTRIES: u32 = 3;
 /// instruction touches, so that what is brought goes away again.
 const PAGES: u32 = 200;
 
-/// So many exits in a row at one spot are the end (R-A4). In most, the vCPU fell
-/// back, and was interrupted before the page came.
-const EXITS: u32 = 1200;
+/// Falls back so often at one spot before it gives up (R-A4): after some seconds,
+/// for the interruption may come before the page.
+const FALLBACKS: u32 = 200;
 
-/// How long an entry with the view readable lasts, if nothing else ends it.
+/// So many exits in a row on one page that is in place, and told to be, are the
+/// end.
+const EXITS: u32 = 1000;
+
+/// How long an entry with the view readable lasts, if nothing else ends it. Twice
+/// as long each time at one spot, up to 2^[`DOUBLINGS`] times.
 const READABLE: Duration = Duration::from_micros(500);
+const DOUBLINGS: u32 = 6;
 
 /// Delivery of one vCPU's faults.
 #[derive(Debug)]
@@ -54,6 +60,8 @@ struct Spot {
     exits: u32,
     /// With how many of them nothing was missing, in a row.
     idle: u32,
+    /// How many of them took the fallback.
+    fallbacks: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -215,7 +223,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
     fn guess(&mut self, vcpu: &VcpuFd) -> Result<Delivered, ExitError> {
         let state = self.state(vcpu)?;
         self.spot.visit(At::Instruction(state.regs));
-        if self.spot.exits > EXITS {
+        if self.spot.fallbacks >= FALLBACKS {
             return Err(ExitError::Stuck { rip: state.regs.rip });
         }
         let registers = Registers {
@@ -236,7 +244,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
         };
         self.spot.idle = 0;
         if self.spot.exits > PAGES {
-            return Ok(Delivered::FallBack);
+            return Ok(self.unknown());
         }
         let delivered = self.bring(first.page)?;
         // The vCPU was stopped by the first; the others would be next.
@@ -297,7 +305,13 @@ impl<I: PageInstaller> ExitDelivery<I> {
             self.stats.reentered += 1;
             return Ok(Delivered::Resumed);
         }
-        Ok(Delivered::FallBack)
+        Ok(self.unknown())
+    }
+
+    /// What the vCPU misses is not known.
+    fn unknown(&mut self) -> Delivered {
+        self.spot.fallbacks += 1;
+        Delivered::FallBack
     }
 
     /// Enters the guest with the view readable, so that the userfaultfd delivers
@@ -315,11 +329,13 @@ impl<I: PageInstaller> ExitDelivery<I> {
         on_exit: impl FnOnce(Result<VcpuExit<'_>, kvm_ioctls::Error>) -> T,
     ) -> Result<T, ExitError> {
         self.stats.fallbacks += 1;
+        let doublings = self.spot.fallbacks.saturating_sub(1).min(DOUBLINGS);
+        let lasts = READABLE * (1 << doublings);
         let (entered, left) = mpsc::channel::<()>();
         let readable = self.memory.readable().map_err(ExitError::Protect)?;
         let answer = thread::scope(|scope| {
             scope.spawn(move || {
-                while left.recv_timeout(READABLE) == Err(RecvTimeoutError::Timeout) {
+                while left.recv_timeout(lasts) == Err(RecvTimeoutError::Timeout) {
                     interrupt();
                 }
             });

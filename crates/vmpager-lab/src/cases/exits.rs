@@ -53,6 +53,20 @@ pub(super) fn restored_by_attributes_with_fill_it_goes_on(lab: &Lab) -> anyhow::
     Ok(())
 }
 
+/// Each kind of access in each mode of the processor, with each of its pages
+/// missing in turn.
+pub(super) fn every_access_finds_its_page(lab: &Lab) -> anyhow::Result<()> {
+    let mut command = Command::new(&lab.matrix);
+    command.args(["--nocapture", "--test-threads=1"]);
+    if !lab.direct {
+        // QEMU 7.2 ends without a word (docs/lab.md).
+        command.args(["--skip", "events_in_protected_mode"]);
+    }
+    let status = command.status().with_context(|| format!("running {command:?}"))?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
+}
+
 /// Restores a guest under load so, and has its memory checked by itself and by
 /// the host. What its exits came to.
 fn restores(lab: &Lab, mode: &[&str]) -> anyhow::Result<Value> {

@@ -85,6 +85,7 @@ pub(crate) const ALL: &[Case] = &[
         restore::a_broken_byte_of_memory_is_found_by_the_guest,
     ),
     case("many", "ten_restores_side_by_side", 150, restore::ten_restores_side_by_side),
+    case("matrix", "every_access_finds_its_page", 240, exits::every_access_finds_its_page),
     case("exits", "restored_by_exits_it_goes_on", 90, exits::restored_by_exits_it_goes_on),
     case(
         "exits",
@@ -149,6 +150,9 @@ pub(crate) struct Lab {
     /// The program `vmpager`.
     #[arg(long)]
     pub(crate) vmpager: PathBuf,
+    /// The test of all kinds of access.
+    #[arg(long)]
+    pub(crate) matrix: PathBuf,
     /// The guests' kernel.
     #[arg(long)]
     pub(crate) kernel: PathBuf,
@@ -166,9 +170,16 @@ pub(crate) struct Lab {
 impl Lab {
     /// The same, for another process.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
-        let Self { vmpager, kernel, initrd, scratch, direct } = self;
+        let Self { vmpager, matrix, kernel, initrd, scratch, direct } = self;
         let direct = direct.then(|| "--direct".into());
-        [("--vmpager", vmpager), ("--kernel", kernel), ("--initrd", initrd), ("--scratch", scratch)]
+        let paths = [
+            ("--vmpager", vmpager),
+            ("--matrix", matrix),
+            ("--kernel", kernel),
+            ("--initrd", initrd),
+            ("--scratch", scratch),
+        ];
+        paths
             .into_iter()
             .flat_map(|(name, path)| [name.into(), path.clone().into_os_string()])
             .chain(direct)
