@@ -158,3 +158,26 @@ fn vms_are_served_from_images_with_every_page_right() {
         assert!(rows[1]["faults"].as_f64().unwrap() > 0.0);
     }
 }
+
+#[test]
+fn the_benchmark_measures_every_codec_beside_the_raw_file() {
+    if !vmpager_sys::probe::host().userfaultfd.kernel_mode() {
+        vmpager_testing::skipped("no userfaultfd for kernel-mode faults");
+        return;
+    }
+    let output = Command::new(VMPAGER)
+        .args(["bench", "image", "--memory", "16M", "--rounds", "1", "--touches", "50", "--json"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let codecs: Vec<_> = rows.iter().map(|row| row["codec"].as_str().unwrap()).collect();
+    assert_eq!(codecs, ["raw file", "none", "lz4", "zstd"]);
+    for row in rows {
+        assert!(row["fill_mb_s"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(row["fault_p50_us"].as_f64().unwrap() > 0.0, "{row}");
+    }
+    let ratio = |row: usize| rows[row]["ratio"].as_f64().unwrap();
+    assert!(ratio(3) < ratio(2) && ratio(2) < ratio(1), "{report}");
+}

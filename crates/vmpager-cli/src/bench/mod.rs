@@ -3,6 +3,7 @@
 
 mod exit;
 mod fault;
+mod image;
 mod restore;
 
 use clap::Subcommand;
@@ -16,6 +17,8 @@ pub(crate) enum BenchCommand {
     /// Missing pages as vCPU exits, against vCPUs that wait in the kernel and
     /// against an oracle that knows the next page.
     Exit(exit::ExitArgs),
+    /// Packed images: how small, how fast to make, how fast to restore from.
+    Image(image::ImageArgs),
     /// A whole VM restored: eagerly, by mmap, on demand, against a handler
     /// that answers each fault with one page.
     Restore(restore::RestoreArgs),
@@ -25,6 +28,7 @@ pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
     match command {
         BenchCommand::Fault(args) => fault::run(args),
         BenchCommand::Exit(args) => exit::run(args),
+        BenchCommand::Image(args) => image::run(args),
         BenchCommand::Restore(args) => restore::run(args),
     }
 }
