@@ -15,6 +15,7 @@ use anyhow::{Context, bail};
 use super::build::{Case, Programs};
 use super::kernel::Kernel;
 use super::tally::{Run, Tally};
+use super::trace;
 
 /// From the start of the emulator to the first word of the lab's init.
 const BOOTING: Duration = Duration::from_secs(90);
@@ -55,6 +56,7 @@ impl Boot {
         host: &Kernel,
         initramfs: &Path,
         socket: &Path,
+        trace: &Path,
         cases: &[Case],
     ) -> anyhow::Result<Self> {
         let names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
@@ -72,6 +74,7 @@ impl Boot {
             .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
             .args(["-chardev", &format!("socket,id=protocol,path={}", socket.display())])
             .args(["-serial", "chardev:protocol"])
+            .args(trace::options(trace))
             .arg("-kernel")
             .arg(host.image())
             .arg("-initrd")
