@@ -8,10 +8,12 @@
 //! | module | what it decides |
 //! |---|---|
 //! | [`addr`] | what an address, a page and a range are |
+//! | [`queue`] | the faults of those who cannot exit and have no userfaultfd |
 //! | [`slot`] | which slot and page an address belongs to |
 //! | [`installer`] | what a thread that installs pages by itself asks for |
 //! | [`page_map`] | what state a page is in, for every thread and process that looks |
 //! | [`pages`] | what all who install share |
+//! | [`present`] | what other processes read of the page map |
 //! | [`prefetch`] | how much to bring in beside a demanded page, and what to fill next |
 //! | [`engine`] | what to do about a fault, a removal, a finished read |
 //! | [`source`] | how page contents are asked for |
@@ -23,6 +25,8 @@ pub mod installer;
 pub mod page_map;
 pub mod pages;
 pub mod prefetch;
+pub mod present;
+pub mod queue;
 pub mod slot;
 pub mod source;
 mod sync;
@@ -30,7 +34,8 @@ mod sync;
 pub use addr::{ByteRange, Hva, PageRun, PageSize};
 pub use engine::{Engine, FaultPlan, FillPlan, Piece};
 pub use installer::{PageInstaller, Resolution};
-pub use page_map::{Content, PageMap, Words};
+pub use page_map::{Content, LoadWords, MapSlot, PageMap, Words};
 pub use pages::Pages;
+pub use present::{MapError, PresentBits};
 pub use slot::{Slot, SlotError, SlotSet};
 pub use source::{PageData, PageReader, PageSource, Priority, ReadId, ReadRequest, SourceError};

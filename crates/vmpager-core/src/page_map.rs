@@ -33,21 +33,38 @@
 //! | words | what |
 //! |---|---|
 //! | 0 | magic, `b"VMPGMAP\0"` little-endian |
-//! | 1 | version of this layout: 1 |
+//! | 1 | version of this layout: 2 |
 //! | 2 | number of pages, n |
-//! | 3..8 | zero, reserved |
-//! | 8.. | present bitmap: bit `p % 64` of word `p / 64`, ceil(n / 64) words |
+//! | 3 | word at which the absent bitmap starts: 512, a page of its own |
+//! | 4 | number of slots in the table, which follows once the map is shared |
+//! | 5..8 | zero, reserved |
+//! | 8..512 | four words a slot: gpa, first page, number of pages, page size in bytes |
+//! | 512.. | **absent** bitmap: bit `p % 64` of word `p / 64`, ceil(n / 64) words |
 //! | then | content, 2 bits a page: bits `2 * (p % 32)` of word `p / 32`, ceil(n / 32) words |
-//! | then | hole bitmap, as the present bitmap, ceil(n / 64) words |
+//! | then | hole bitmap, as the absent bitmap, ceil(n / 64) words |
+//!
+//! The present bits are stored inverted: a set bit is an absent page. That is
+//! what KVM's proposed userfault bitmap wants, one bit a page from a memslot's
+//! first one on, in words of its own: a slot whose first page is a multiple of
+//! 64 can be handed over as it lies. What other processes may rely on is in
+//! `docs/sharing.md`.
 
 use std::ops::Deref;
 
 use crate::addr::PageRun;
 use crate::sync::{AtomicU64, Ordering};
 
-const HEADER_WORDS: usize = 8;
-const MAGIC: u64 = u64::from_le_bytes(*b"VMPGMAP\0");
-const VERSION: u64 = 1;
+/// Words before the bitmap: 4 KiB, so that the bitmap can be mapped by itself.
+/// The model checker keeps a history of each, and has no slot table.
+pub(crate) const HEADER_WORDS: usize = if cfg!(loom) { 8 } else { 512 };
+/// Words before the slot table.
+pub(crate) const TABLE: usize = 8;
+/// Words a slot takes in the table.
+pub(crate) const SLOT_WORDS: usize = 4;
+/// The most slots the table holds.
+pub const MAX_SLOTS: usize = (HEADER_WORDS - TABLE) / SLOT_WORDS;
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"VMPGMAP\0");
+pub(crate) const VERSION: u64 = 2;
 /// Bit 0 of every two-bit field.
 const EVEN: u64 = 0x5555_5555_5555_5555;
 
@@ -60,6 +77,26 @@ pub trait Words {
 impl<T: Deref<Target = [AtomicU64]>> Words for T {
     fn words(&self) -> &[AtomicU64] {
         self
+    }
+}
+
+/// Words that can be read, and perhaps no more than that.
+pub trait LoadWords {
+    /// How many there are.
+    fn count(&self) -> usize;
+
+    /// What a word holds, with acquire ordering. None beyond the last.
+    fn load(&self, index: usize) -> Option<u64>;
+}
+
+impl<W: Words> LoadWords for W {
+    fn count(&self) -> usize {
+        self.words().len()
+    }
+
+    #[inline]
+    fn load(&self, index: usize) -> Option<u64> {
+        self.words().get(index).map(|word| word.load(Ordering::Acquire))
     }
 }
 
@@ -96,6 +133,19 @@ impl Content {
     }
 }
 
+/// A slot as the table of a shared map describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSlot {
+    /// The guest-physical address of its first byte.
+    pub gpa: u64,
+    /// The page index of its first page.
+    pub first_page: u64,
+    /// Its number of pages.
+    pub pages: u64,
+    /// Their size in bytes.
+    pub page_size: u64,
+}
+
 /// The state of every page. See the [module](self) for states and layout.
 #[derive(Debug)]
 pub struct PageMap<W> {
@@ -121,12 +171,33 @@ impl<W: Words> PageMap<W> {
     /// If there are fewer words than [`words_for`] says.
     pub fn new(words: W, pages: u64) -> Self {
         assert!(words.words().len() >= words_for(pages), "too few words for {pages} pages");
-        for (i, value) in [MAGIC, VERSION, pages].into_iter().enumerate() {
+        for (i, value) in [MAGIC, VERSION, pages, HEADER_WORDS as u64].into_iter().enumerate() {
             words.words()[i].store(value, Ordering::Relaxed);
         }
         let content = HEADER_WORDS + to_index(pages.div_ceil(64));
         let holes = content + to_index(pages.div_ceil(32));
-        Self { words, pages, content, holes }
+        let map = Self { words, pages, content, holes };
+        for (word, mask) in present_masks(PageRun::new(0, pages)) {
+            map.absent_word(word).store(mask, Ordering::Relaxed);
+        }
+        map
+    }
+
+    /// Writes the slot table, for processes the map is shared with. To be done
+    /// before they get it.
+    ///
+    /// # Panics
+    ///
+    /// If there are more than [`MAX_SLOTS`].
+    pub fn describe(&self, slots: &[MapSlot]) {
+        assert!(slots.len() <= MAX_SLOTS, "{} slots, {MAX_SLOTS} fit", slots.len());
+        for (i, slot) in slots.iter().enumerate() {
+            let fields = [slot.gpa, slot.first_page, slot.pages, slot.page_size];
+            for (j, field) in fields.into_iter().enumerate() {
+                self.words.words()[TABLE + i * SLOT_WORDS + j].store(field, Ordering::Relaxed);
+            }
+        }
+        self.words.words()[4].store(slots.len() as u64, Ordering::Release);
     }
 
     /// Number of pages.
@@ -142,7 +213,7 @@ impl<W: Words> PageMap<W> {
     /// Whether a page's contents are in place and visible to the caller.
     pub fn is_present(&self, page: u64) -> bool {
         debug_assert!(page < self.pages);
-        self.present_word(page / 64).load(Ordering::Acquire) >> (page % 64) & 1 == 1
+        self.present_bits(page / 64) >> (page % 64) & 1 == 1
     }
 
     /// Where a page's bytes come from.
@@ -154,8 +225,10 @@ impl<W: Words> PageMap<W> {
     /// Number of pages present.
     pub fn count_present(&self) -> u64 {
         (0..self.pages.div_ceil(64))
-            .map(|w| u64::from(self.present_word(w).load(Ordering::Acquire).count_ones()))
-            .sum()
+            .map(|w| 64 - u64::from(self.absent_word(w).load(Ordering::Acquire).count_ones()))
+            .sum::<u64>()
+            // Beyond the last page no bit is set.
+            - (self.pages.next_multiple_of(64) - self.pages)
     }
 
     /// Claims as many pages as possible from `first` upwards, `max` at most:
@@ -211,7 +284,7 @@ impl<W: Words> PageMap<W> {
         let content = self.content_word(word);
         let mut seen = content.load(Ordering::Acquire);
         loop {
-            let present = self.present_word(word / 2).load(Ordering::Acquire);
+            let present = self.present_bits(word / 2);
             let present = spread(present >> (32 * (word % 2)));
             let free = !(seen | seen >> 1 | present) & EVEN;
             let mask = choose(free);
@@ -245,7 +318,7 @@ impl<W: Words> PageMap<W> {
     fn retract(&self, run: PageRun, to: Content) -> u64 {
         let mut count = 0;
         for (word, mask) in content_masks(run) {
-            let present = self.present_word(word / 2).load(Ordering::Acquire);
+            let present = self.present_bits(word / 2);
             let absent = !spread(present >> (32 * (word % 2)));
             let content = self.content_word(word);
             let mut seen = content.load(Ordering::Acquire);
@@ -270,8 +343,8 @@ impl<W: Words> PageMap<W> {
     pub fn publish(&self, run: PageRun) -> u64 {
         present_masks(run)
             .map(|(word, mask)| {
-                let before = self.present_word(word).fetch_or(mask, Ordering::AcqRel);
-                u64::from((mask & !before).count_ones())
+                let before = self.absent_word(word).fetch_and(!mask, Ordering::AcqRel);
+                u64::from((mask & before).count_ones())
             })
             .sum()
     }
@@ -294,12 +367,11 @@ impl<W: Words> PageMap<W> {
             ) {
                 seen = now;
             }
-            let present =
-                spread(self.present_word(word / 2).load(Ordering::Acquire) >> (32 * (word % 2)));
+            let present = spread(self.present_bits(word / 2) >> (32 * (word % 2)));
             count += u64::from((!(seen >> 1) & EVEN & mask & !present).count_ones());
         }
         for (word, mask) in present_masks(run) {
-            self.present_word(word).fetch_and(!mask, Ordering::AcqRel);
+            self.absent_word(word).fetch_or(mask, Ordering::AcqRel);
         }
         count
     }
@@ -311,7 +383,7 @@ impl<W: Words> PageMap<W> {
         while page < within.end() {
             let word = page / 32;
             let seen = self.content_word(word).load(Ordering::Acquire);
-            let present = self.present_word(word / 2).load(Ordering::Acquire);
+            let present = self.present_bits(word / 2);
             let taken = seen | seen >> 1 | spread(present >> (32 * (word % 2)));
             let free = (!taken & EVEN) >> (2 * (page % 32));
             if free != 0 {
@@ -367,7 +439,12 @@ impl<W: Words> PageMap<W> {
         1 + others.take_while(|&p| (self.content(p), self.is_present(p)) == like).count() as u64
     }
 
-    fn present_word(&self, word: u64) -> &AtomicU64 {
+    /// Which pages of a word are present; those beyond the last one seem so.
+    fn present_bits(&self, word: u64) -> u64 {
+        !self.absent_word(word).load(Ordering::Acquire)
+    }
+
+    fn absent_word(&self, word: u64) -> &AtomicU64 {
         &self.words.words()[HEADER_WORDS + to_index(word)]
     }
 

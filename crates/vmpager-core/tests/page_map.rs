@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use vmpager_core::page_map::words_for;
 use vmpager_core::{Content, PageMap, PageRun};
 
-const HEADER_WORDS: usize = 8;
+const HEADER_WORDS: usize = 512;
 /// Words beyond the map, to see that they are left alone.
 const SLACK_WORDS: usize = 3;
 const SLACK: u64 = 0xdead_beef_dead_beef;
@@ -251,13 +251,14 @@ fn check_layout(map: &PageMap<Vec<AtomicU64>>, oracle: &Oracle) -> Result<(), Te
     let words: Vec<u64> = map.storage().iter().map(|w| w.load(Ordering::Acquire)).collect();
     let pages = oracle.pages.len();
     let magic = u64::from_le_bytes(*b"VMPGMAP\0");
-    prop_assert_eq!(&words[..HEADER_WORDS], &[magic, 1, pages as u64, 0, 0, 0, 0, 0]);
-    let (present, rest) = words[HEADER_WORDS..].split_at(pages.div_ceil(64));
+    prop_assert_eq!(&words[..4], &[magic, 2, pages as u64, 512]);
+    prop_assert!(words[4..HEADER_WORDS].iter().all(|word| *word == 0), "reserved, and no slots");
+    let (absent, rest) = words[HEADER_WORDS..].split_at(pages.div_ceil(64));
     let (content, rest) = rest.split_at(pages.div_ceil(32));
     let (holes, slack) = rest.split_at(pages.div_ceil(64));
-    for p in 0..present.len() * 64 {
-        let expected = oracle.pages.get(p).is_some_and(|(present, _)| *present);
-        prop_assert_eq!(present[p / 64] >> (p % 64) & 1 == 1, expected, "present bit {}", p);
+    for p in 0..absent.len() * 64 {
+        let expected = oracle.pages.get(p).is_some_and(|(present, _)| !present);
+        prop_assert_eq!(absent[p / 64] >> (p % 64) & 1 == 1, expected, "absent bit {}", p);
         let expected = oracle.holes.get(p) == Some(&true);
         prop_assert_eq!(holes[p / 64] >> (p % 64) & 1 == 1, expected, "hole bit {}", p);
     }
