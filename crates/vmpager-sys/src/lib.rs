@@ -6,6 +6,8 @@
 //! |---|---|
 //! | [`uffd`] | userfaultfd(2): create, adopt, register, install, wake, read |
 //! | [`memory`] | mappings of guest memory: anonymous, hugetlb, file, memfd |
+//! | [`memfd`] | sealed memfds, to share memory by descriptor |
+//! | [`futex`] | sleeping on a word that processes share |
 //! | [`shared`] | words of memory shared between processes through a memfd |
 //! | [`file_map`] | read-only file mappings that only the kernel reads |
 //! | [`ring`] | positioned reads through io_uring |
@@ -13,6 +15,8 @@
 //! | [`probe`] | what this kernel and this user can do |
 
 pub mod file_map;
+pub mod futex;
+pub mod memfd;
 pub mod memory;
 pub mod peer;
 pub mod probe;

@@ -122,7 +122,7 @@ impl Mapping {
     ///
     /// If the file cannot be mapped.
     pub fn file_private(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
-        Self::map_file(file, len, MapFlags::PRIVATE | MapFlags::NORESERVE)
+        Self::map_file(file, 0, len, MapFlags::PRIVATE | MapFlags::NORESERVE)
     }
 
     /// A shared mapping of a file's or memfd's first `len` bytes.
@@ -131,11 +131,28 @@ impl Mapping {
     ///
     /// If the file cannot be mapped.
     pub fn file_shared(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
-        Self::map_file(file, len, MapFlags::SHARED)
+        Self::file_shared_at(file, 0, len)
     }
 
-    fn map_file(file: BorrowedFd<'_>, len: usize, flags: MapFlags) -> io::Result<Self> {
+    /// A shared mapping of `len` bytes of a file or memfd from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be mapped there.
+    pub fn file_shared_at(file: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Self> {
+        Self::map_file(file, offset, len, MapFlags::SHARED | MapFlags::NORESERVE)
+    }
+
+    fn map_file(file: BorrowedFd<'_>, offset: u64, len: usize, how: MapFlags) -> io::Result<Self> {
         let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mm::mmap(ptr::null_mut(), len, prot, how, file, offset) }?;
+        Self::owning(base, len)
+    }
+
+    /// A shared mapping of a file's first `len` bytes that must only be read.
+    pub(crate) fn file_read_only(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        let (prot, flags) = (ProtFlags::READ, MapFlags::SHARED);
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe { mm::mmap(ptr::null_mut(), len, prot, flags, file, 0) }?;
         Self::owning(base, len)
@@ -242,6 +259,16 @@ impl Mapping {
     /// If the range is not page-aligned.
     pub fn discard(&self, range: Range<usize>) -> io::Result<()> {
         self.advise(range, Advice::LinuxDontNeed)
+    }
+
+    /// Gives pages of shared memory back to the kernel, for everybody
+    /// (`MADV_REMOVE`): they read as zeroes afterwards.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not page-aligned, or the memory not shared.
+    pub fn remove(&self, range: Range<usize>) -> io::Result<()> {
+        self.advise(range, Advice::LinuxRemove)
     }
 
     /// Brings pages in for writing (`MADV_POPULATE_WRITE`).

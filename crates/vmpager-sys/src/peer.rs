@@ -78,6 +78,8 @@ pub fn recv_with_fds(
 pub struct Peer {
     /// Its process id, for messages; only `pidfd` identifies it.
     pub pid: i32,
+    /// The user it ran as when it connected.
+    pub uid: u32,
     /// The process, pinned: readable once it has exited.
     pub pidfd: Option<OwnedFd>,
 }
@@ -94,7 +96,7 @@ impl Peer {
         let pidfd = peer_pidfd(socket.as_fd())
             .or_else(|_| pidfd_open(cred.pid, PidfdFlags::empty()).map_err(io::Error::from))
             .ok();
-        Ok(Self { pid: Pid::as_raw(Some(cred.pid)), pidfd })
+        Ok(Self { pid: Pid::as_raw(Some(cred.pid)), uid: cred.uid.as_raw(), pidfd })
     }
 }
 

@@ -5,14 +5,13 @@ use std::fmt;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{MemfdFlags, SealFlags};
-
+use crate::memfd;
 use crate::memory::Mapping;
 
-/// Zeroed words in a memfd that can be handed to other processes. The memfd is
-/// sealed against resizing, so that no mapping of it can ever fault.
+/// Words in a memfd that can be handed to other processes. The memfd is sealed
+/// against resizing, so that no mapping of it can ever fault.
 pub struct SharedWords {
     mapping: Mapping,
     fd: OwnedFd,
@@ -32,12 +31,21 @@ impl SharedWords {
     ///
     /// If the memfd cannot be made.
     pub fn new(name: &str, words: usize) -> io::Result<Self> {
-        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let len = words.max(1).checked_mul(8).ok_or(io::ErrorKind::OutOfMemory)?;
-        rustix::fs::ftruncate(&fd, len as u64)?;
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let fd = memfd::sealed(name, len as u64)?;
         let mapping = Mapping::file_shared(fd.as_fd(), len)?;
         Ok(Self { mapping, fd, words })
+    }
+
+    /// The words of a memfd that another process made.
+    ///
+    /// # Errors
+    ///
+    /// If it is not sealed against shrinking, or may not be written.
+    pub fn open(fd: OwnedFd) -> io::Result<Self> {
+        let len = whole_words(fd.as_fd())?;
+        let mapping = Mapping::file_shared(fd.as_fd(), len)?;
+        Ok(Self { mapping, fd, words: len / 8 })
     }
 
     /// The memfd, to pass to another process.
@@ -55,5 +63,83 @@ impl Deref for SharedWords {
         // never resized (sealed), lives as long as `self`, and is only
         // accessed as atomics.
         unsafe { std::slice::from_raw_parts(base, self.words) }
+    }
+}
+
+/// Words in another process's memfd that are only read here.
+pub struct ReadOnlyWords {
+    mapping: Mapping,
+    words: usize,
+}
+
+impl fmt::Debug for ReadOnlyWords {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ReadOnlyWords({})", self.words)
+    }
+}
+
+impl ReadOnlyWords {
+    /// The words of a memfd that another process made.
+    ///
+    /// # Errors
+    ///
+    /// If it is not sealed against shrinking.
+    pub fn open(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        let len = whole_words(fd)?;
+        Ok(Self { mapping: Mapping::file_read_only(fd, len)?, words: len / 8 })
+    }
+}
+
+impl ReadOnlyWords {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.words
+    }
+
+    /// What a word holds, with acquire ordering. None beyond the last.
+    #[inline]
+    pub fn load(&self, index: usize) -> Option<u64> {
+        if index >= self.words {
+            return None;
+        }
+        let base = self.mapping.hva() as *const AtomicU64;
+        // SAFETY: within the mapping, as just checked.
+        let at = unsafe { base.add(index) };
+        // SAFETY: aligned, mapped as long as `self` lives (sealed against
+        // shrinking), and loads of a word's size may be from read-only memory.
+        Some(unsafe { &*at }.load(Ordering::Acquire))
+    }
+}
+
+/// The length of a shared memfd in bytes, cut to whole words.
+fn whole_words(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let len = usize::try_from(memfd::sealed_len(fd)?).map_err(io::Error::other)?;
+    match len / 8 * 8 {
+        0 => Err(io::Error::new(io::ErrorKind::InvalidInput, "the memfd holds no word")),
+        len => Ok(len),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_mapping_writes_the_others_read() {
+        let words = SharedWords::new("test", 1000).expect("a memfd");
+        let fd = memfd::read_only(words.memfd()).expect("/proc is there");
+        let reader = ReadOnlyWords::open(fd.as_fd()).expect("sealed");
+        let writer = words.memfd().try_clone_to_owned().and_then(SharedWords::open);
+        writer.expect("sealed")[999].store(7, Ordering::Release);
+        assert_eq!((reader.count(), reader.load(999), reader.load(1000)), (1000, Some(7), None));
+        assert!(SharedWords::open(fd).is_err(), "cannot be written by way of this descriptor");
+    }
+
+    #[test]
+    fn a_file_that_can_shrink_is_refused() {
+        let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).expect("room");
+        rustix::fs::ftruncate(&file, 4096).expect("room");
+        let error = ReadOnlyWords::open(file.as_fd()).expect_err("not sealed").to_string();
+        assert!(error.contains("F_SEAL_SHRINK"), "{error}");
     }
 }

@@ -7,6 +7,7 @@
 //! the ioctl numbers built from them are checked at compile time.
 
 mod message;
+mod protect;
 
 use std::io::{self, IoSliceMut};
 use std::mem::size_of;

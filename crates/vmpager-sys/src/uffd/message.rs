@@ -44,6 +44,9 @@ pub enum Message {
 }
 
 impl Message {
+    /// The flag of a fault on a page that is there and protected against writing.
+    pub const PROTECTED: u64 = raw::UFFD_PAGEFAULT_FLAG_WP as u64;
+
     /// Size of a message on the wire.
     pub(super) const BYTES: usize = 32;
 
