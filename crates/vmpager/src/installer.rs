@@ -12,7 +12,7 @@ use vmpager_sys::uffd::Stop;
 
 use crate::reads::MemoryId;
 use crate::shared::{Serving, Shared};
-use crate::worker::{Command, Teller};
+use crate::worker::{Command, Sharing, Teller};
 
 /// One thread's way to install pages of a [`Pager`](crate::Pager)'s memory by
 /// itself.
@@ -89,7 +89,8 @@ impl Installer {
         {
             let _gate = self.shared.installing();
             // Else it was given back meanwhile.
-            if self.shared.pages.still_claimed(run).next() == Some(run) {
+            if !self.shared.is_frozen() && self.shared.pages.still_claimed(run).next() == Some(run)
+            {
                 match self.shared.uffd.copy(hva.0, src, range.len).stop {
                     None => return self.installed(run, Resolution::Installed),
                     Some(Stop::Present) if is_base(range) => {
@@ -107,7 +108,9 @@ impl Installer {
         let pages = &self.shared.pages;
         pages.installed(run);
         self.shared.changed();
-        if pages.outstanding() == 0 {
+        if self.shared.is_awaited() {
+            self.worker.tell(Command::Sharing(self.memory, Sharing::Look));
+        } else if pages.outstanding() == 0 {
             // A worker that fills waits for just this.
             self.worker.nudge();
         }
@@ -129,6 +132,9 @@ impl Installer {
         let zeroes = crate::served::zeroes();
         {
             let _gate = self.shared.installing();
+            if self.shared.is_frozen() {
+                return self.hand_over(run);
+            }
             match self.shared.uffd.copy(hva.0, zeroes.as_ptr() as usize, range.len).stop {
                 None => return self.installed(run, Resolution::Installed),
                 Some(Stop::Present) if is_base(range) => {

@@ -7,6 +7,7 @@
 //!
 //! | module | what lives there |
 //! |---|---|
+//! | [`attach`] | one memory for many processes: a door, views, the fault queue |
 //! | [`pager`] | the pager inside a VMM: own memory, own source |
 //! | [`daemon`] | the pager beside VMMs: a socket, sessions, workers |
 //! | [`handshake`] | Firecracker's handler protocol |
@@ -17,6 +18,7 @@
 //! One fault's way through these files is told in `ARCHITECTURE.md`.
 #![forbid(unsafe_code)]
 
+pub mod attach;
 pub mod daemon;
 pub mod handshake;
 pub mod installer;
@@ -29,6 +31,7 @@ mod shared;
 pub mod stats;
 mod worker;
 
+pub use attach::{Attached, Door, SharedRegion};
 pub use daemon::{Daemon, DaemonConfig, DaemonError};
 pub use installer::Installer;
 pub use pager::{Pager, PagerBuilder, PagerError};

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -10,14 +11,18 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use vmpager_core::prefetch::NeighbourPolicy;
 use vmpager_core::{Hva, PageSize, PageSource, Slot, SlotError, SlotSet, SourceError};
+use vmpager_sys::memfd::read_only;
 use vmpager_sys::memory::GuestRange;
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 
+use crate::attach::{Door, PAGER, QueueOwner, ShareError, SharedRegion, Wares, describe, table};
 use crate::installer::Installer;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served, page_map_words};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
-use crate::worker::{Command, Event, WorkerConfig, WorkerError, WorkerHandle, doorbell, spawn};
+use crate::worker::{
+    Command, Event, Sharing, WorkerConfig, WorkerError, WorkerHandle, doorbell, spawn,
+};
 
 /// Why a pager could not start.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +52,17 @@ pub enum PagerError {
     /// Descriptors or memory could not be had.
     #[error("starting the pager: {0}")]
     Io(#[from] io::Error),
+}
+
+/// Why a memory is not frozen, or not thawed.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// What the kernel says.
+    #[error("{0}")]
+    Kernel(String),
+    /// Nobody can be stopped any more.
+    #[error("the memory is served no longer; stop the threads that write instead")]
+    NotServed,
 }
 
 /// Describes the memory a [`Pager`] serves.
@@ -106,6 +122,8 @@ pub struct Pager {
     source: Arc<dyn PageSource>,
     events: Receiver<Event>,
     memory: MemoryId,
+    /// In the order given.
+    slots: Vec<Slot>,
     /// The end of serving, once it came.
     ended: std::sync::Mutex<Option<(EndReason, MemoryNumbers)>>,
     _doorbell: Arc<OwnedFd>,
@@ -184,6 +202,7 @@ impl PagerBuilder {
                 page_size: *page_size,
             })
             .collect();
+        let regions = slots.clone();
         let slots = SlotSet::new(&slots, self.source.len())?;
         let words = page_map_words(&slots)?;
         let uffd = Userfaultfd::open(Features::EVENT_REMOVE)?;
@@ -212,6 +231,7 @@ impl PagerBuilder {
             source: self.source,
             events,
             memory,
+            slots: regions,
             ended: Default::default(),
             _doorbell: doorbell,
         })
@@ -242,6 +262,75 @@ impl Pager {
         let reader = self.source.clone().open_reader()?;
         let teller = self.worker.teller().clone();
         Ok(Some(Installer::new(shared, reader, teller, self.memory)))
+    }
+
+    /// Opens a door at `path` where other processes may come to take part in
+    /// the memory ([`Attached`](crate::Attached)): `regions` says where each of
+    /// the pager's regions lies, in the order they were added. They must be
+    /// shared mappings of memfds.
+    ///
+    /// From then on the memory stays registered, also when all of it is in
+    /// place: [`wait_filled`](Self::wait_filled) does not end.
+    ///
+    /// # Errors
+    ///
+    /// If the regions cannot be shared, the memory is served no longer or is
+    /// shared already, or the socket cannot be had.
+    pub fn share(&self, path: &Path, regions: &[SharedRegion]) -> Result<Door, ShareError> {
+        let (regions, memfds) = describe(&self.slots, regions)?;
+        let (to, shared) = crossbeam_channel::bounded(1);
+        self.worker.tell(Command::Share(self.memory, to));
+        let gone = || ShareError::Memory("it is served no longer".into());
+        let shared = shared.recv().map_err(|_| gone())?;
+        let map = shared.pages.map();
+        let slots = table(&regions);
+        map.describe(&slots);
+        let wares = Wares {
+            memory: self.memory,
+            worker: self.worker.teller().clone(),
+            slots: self.slots.clone(),
+            source_len: self.source.len(),
+            regions,
+            memfds,
+            map: read_only(map.storage().memfd())?,
+        };
+        let queue = QueueOwner::new()?;
+        let (to, done) = crossbeam_channel::bounded(1);
+        let open = Sharing::Open(Box::new((queue.reader(PAGER)?, slots)), to);
+        self.worker.tell(Command::Sharing(self.memory, open));
+        done.recv().map_err(|_| gone())?.map_err(ShareError::Memory)?;
+        Door::open(path, wares, queue)
+    }
+
+    /// Keeps everybody from writing to the memory, in every process: when this
+    /// returns, whoever wrote has written, and whoever writes waits for
+    /// [`thaw`](Self::thaw). Reading goes on, and so does bringing pages.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel cannot protect this memory, or it is served no longer.
+    /// Then all may write.
+    pub fn freeze(&self) -> Result<(), FreezeError> {
+        self.set_frozen(true)
+    }
+
+    /// Lets everybody write again.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel does not lift the protection, or the memory is served no
+    /// longer.
+    pub fn thaw(&self) -> Result<(), FreezeError> {
+        self.set_frozen(false)
+    }
+
+    fn set_frozen(&self, frozen: bool) -> Result<(), FreezeError> {
+        let (to, done) = crossbeam_channel::bounded(1);
+        self.worker.tell(Command::Sharing(self.memory, Sharing::Freeze(frozen, to)));
+        match done.recv() {
+            Ok(done) => done.map_err(FreezeError::Kernel),
+            Err(_) => Err(FreezeError::NotServed),
+        }
     }
 
     /// Starts to bring in all pages, if that was not asked for at first.

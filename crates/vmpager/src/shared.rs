@@ -2,7 +2,7 @@
 //! ([`Installer`](crate::installer::Installer)): the pages, the userfaultfd,
 //! a gate for removals, and a way to wait.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering, fence};
 use std::sync::{
     Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
@@ -31,6 +31,10 @@ pub(crate) struct Shared {
     gate: RwLock<()>,
     /// A [`Serving`].
     serving: AtomicU8,
+    /// Nobody may write; changed within the gate, held alone.
+    frozen: AtomicBool,
+    /// Other processes wait for pages, or may.
+    awaited: AtomicBool,
     waiters: AtomicU32,
     sleep: Mutex<()>,
     changed: Condvar,
@@ -43,6 +47,8 @@ impl Shared {
             uffd,
             gate: RwLock::new(()),
             serving: AtomicU8::new(Serving::Yes as u8),
+            frozen: AtomicBool::new(false),
+            awaited: AtomicBool::new(false),
             waiters: AtomicU32::new(0),
             sleep: Mutex::new(()),
             changed: Condvar::new(),
@@ -57,6 +63,28 @@ impl Shared {
     /// Held from before events are read until they are applied.
     pub(crate) fn applying(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_frozen(&self, frozen: bool) {
+        self.frozen.store(frozen, Ordering::Release);
+    }
+
+    /// Whether pages must be installed write-protected, which is left to the
+    /// worker. To be asked within the gate.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::Acquire)
+    }
+
+    /// Says whether others than this process's threads wait for pages.
+    pub(crate) fn set_awaited(&self, awaited: bool) {
+        self.awaited.store(awaited, Ordering::SeqCst);
+    }
+
+    /// Whether the worker must hear of pages installed. To be asked after they
+    /// were published.
+    pub(crate) fn is_awaited(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.awaited.load(Ordering::SeqCst)
     }
 
     pub(crate) fn serving(&self) -> Serving {

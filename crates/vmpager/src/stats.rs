@@ -35,6 +35,8 @@ impl std::fmt::Display for EndReason {
 pub(crate) struct Counters {
     pub(crate) started: Instant,
     pub(crate) faults: u64,
+    pub(crate) faults_attached: u64,
+    pub(crate) faults_queued: u64,
     pub(crate) joined: u64,
     pub(crate) confirmed: u64,
     pub(crate) retried: u64,
@@ -57,6 +59,8 @@ impl Counters {
         Self {
             started: Instant::now(),
             faults: 0,
+            faults_attached: 0,
+            faults_queued: 0,
             joined: 0,
             confirmed: 0,
             retried: 0,
@@ -95,6 +99,13 @@ pub struct SessionSummary {
     pub memory_bytes: u64,
     /// Faults read from the kernel.
     pub faults: u64,
+    /// Of them, those of other processes that map the memory (see
+    /// [`attach`](crate::attach)).
+    #[serde(default)]
+    pub faults_attached: u64,
+    /// Of them, those that came by the fault queue.
+    #[serde(default)]
+    pub faults_queued: u64,
     /// Of them, those whose page was in flight already.
     pub faults_joined: u64,
     /// Of them, those whose page was in place already, or given back unseen.
@@ -149,6 +160,8 @@ impl Tally {
         let (to, from) = (&mut self.totals, &end.counters);
         to.started = to.started.min(from.started);
         to.faults += from.faults;
+        to.faults_attached += from.faults_attached;
+        to.faults_queued += from.faults_queued;
         to.joined += from.joined;
         to.confirmed += from.confirmed;
         to.retried += from.retried;
@@ -181,6 +194,8 @@ impl Tally {
             regions: self.regions,
             memory_bytes: self.memory_bytes,
             faults: totals.faults,
+            faults_attached: totals.faults_attached,
+            faults_queued: totals.faults_queued,
             faults_joined: totals.joined,
             faults_confirmed: totals.confirmed,
             retries: totals.retried,

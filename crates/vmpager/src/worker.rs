@@ -5,6 +5,8 @@
 //! Workers share nothing, so that serving a fault takes no lock and no handoff.
 //! A memory belongs to one worker for life.
 
+mod sharing;
+
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,9 +15,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
-use tracing::{debug, error};
+use tracing::error;
 use vmpager_core::{PageRun, PageSource, SourceError};
 
+pub(crate) use self::sharing::Sharing;
 use crate::placement::Placement;
 use crate::polling::Polling;
 use crate::reads::{MemoryId, Read, Reads};
@@ -36,6 +39,8 @@ pub(crate) enum Command {
     Fill(MemoryId),
     /// Let others install pages of this memory too.
     Share(MemoryId, Sender<Arc<Shared>>),
+    /// Something that concerns other processes.
+    Sharing(MemoryId, Sharing),
     /// Bring pages that another installer has claimed and cannot bring.
     Bring(MemoryId, PageRun),
     /// Finish what is in flight, then end; take `until` at most. `poison` says
@@ -361,6 +366,9 @@ impl Worker {
         } else if !self.hot.contains(&id) {
             self.hot.push(id);
         }
+        if failing {
+            self.unwatch_blocking_views(id);
+        }
     }
 
     fn obey(&mut self) {
@@ -390,6 +398,7 @@ impl Worker {
                         let _ = to.send(memory.share());
                     }
                 }
+                Ok(Command::Sharing(id, what)) => self.share(id, what),
                 Ok(Command::Bring(id, run)) => {
                     let Some(memory) = self.memories.get_mut(&id) else { continue };
                     if let Err(lost) = memory.bring(run, &mut self.reads) {
@@ -524,9 +533,8 @@ impl Worker {
         let memory = self.memories.remove(&id)?;
         self.hot.retain(|hot| *hot != id);
         self.filling.retain(|filling| *filling != id);
-        if let Err(error) = epoll::delete(&self.epoll, memory.events()) {
-            debug!("unwatching a userfaultfd: {error}");
-        }
+        self.unwatch(memory.events());
+        memory.outside_events().for_each(|fd| self.unwatch(fd));
         Some(memory)
     }
 

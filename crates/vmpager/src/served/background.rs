@@ -194,7 +194,7 @@ impl Served {
                     self.fill_zeroes(run, reads)?;
                     run
                 }
-                FillPlan::Complete if !self.must_hold && done == 0 => {
+                FillPlan::Complete if self.may_detach() && done == 0 => {
                     self.counters.fill_took = Some(self.counters.started.elapsed());
                     return Ok(Filled::All);
                 }
@@ -203,6 +203,12 @@ impl Served {
             done += self.address(run).1 >> PageSize::Size4K.shift();
         }
         Ok(if done > 0 { Filled::Some } else { Filled::Wait })
+    }
+
+    /// Whether the memory can be let go of once it is complete. Other processes
+    /// may come as long as it is shared.
+    fn may_detach(&self) -> bool {
+        !self.must_hold && !self.outside.is_open()
     }
 
     /// Whether the fill need not wait for reads in flight or for a pause.

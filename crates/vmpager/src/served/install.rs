@@ -89,6 +89,7 @@ impl Served {
         match self.put_once(hva, len, Put::Zeroes).stop {
             None => {
                 self.engine.replaced_by_zero(waiter.page);
+                self.let_go(one);
                 self.counters.pages_zero += 1;
                 self.stalled(waiter);
                 Ok(())
@@ -178,6 +179,9 @@ impl Served {
                 (zeroes.as_ptr() as usize, len.min(zeroes.len() as u64))
             }
         };
+        if self.outside.frozen {
+            return self.uffd.copy_protected(hva.0, src, len);
+        }
         let Some(asleep) = &mut self.asleep else { return self.uffd.copy(hva.0, src, len) };
         let done = self.uffd.copy_without_waking(hva.0, src, len);
         asleep.start = asleep.start.min(hva.0);
@@ -197,6 +201,9 @@ impl Served {
     fn installed(&mut self, run: PageRun) {
         self.engine.installed(run);
         self.tell_installers();
+        if self.is_awaited_outside() {
+            self.let_go(run);
+        }
     }
 
     fn tell_installers(&self) {
@@ -338,7 +345,11 @@ impl Served {
         self.wake(hva, len)
     }
 
-    pub(super) fn wake(&self, hva: Hva, len: u64) -> Result<(), Lost> {
+    pub(super) fn wake(&mut self, hva: Hva, len: u64) -> Result<(), Lost> {
+        if self.is_awaited_outside() {
+            let runs: Vec<_> = self.engine.slots().runs_within(hva, Hva(hva.0 + len)).collect();
+            runs.into_iter().for_each(|run| self.let_go(run));
+        }
         self.uffd
             .wake(hva.0, len)
             .map_err(|e| Lost::Failed(format!("waking the waiters of {hva}: {e}")))
@@ -383,7 +394,10 @@ impl Served {
     pub(super) fn poison_part(&mut self, part: PageRun) -> Result<Option<(PageRun, Stop)>, Lost> {
         let end = self.put(part, Put::Poison)?;
         let done = end.rest.map_or(part.count, |(rest, _)| rest.first - part.first);
-        self.engine.poisoned(PageRun::new(part.first, done));
+        let poisoned = PageRun::new(part.first, done);
+        self.engine.poisoned(poisoned);
+        self.poison_views(poisoned);
+        self.let_go(poisoned);
         self.tell_installers();
         self.counters.pages_poisoned += end.pages;
         Ok(end.rest)

@@ -17,6 +17,7 @@
 
 mod background;
 mod install;
+mod outside;
 
 use std::collections::VecDeque;
 use std::io;
@@ -38,6 +39,8 @@ use vmpager_sys::uffd::{Message, Messages, Userfaultfd};
 pub(crate) use self::background::Filled;
 use self::install::{Asleep, Put};
 pub(crate) use self::install::{Leftover, zeroes};
+use self::outside::Outside;
+pub(crate) use self::outside::{View, ViewId};
 use crate::reads::{MemoryId, Reads, Waiter};
 use crate::shared::{Serving, Shared};
 use crate::stats::{Counters, MemoryNumbers};
@@ -107,6 +110,8 @@ pub(crate) struct Served {
     asleep: Option<Asleep>,
     /// What others who install pages know, if there are any.
     shared: Option<Arc<Shared>>,
+    /// Other processes.
+    outside: Outside,
 }
 
 /// What has been said once and need not be said for every page.
@@ -148,6 +153,7 @@ impl Served {
             woken: None,
             asleep: None,
             shared: None,
+            outside: Outside::default(),
         }
     }
 
@@ -293,8 +299,12 @@ impl Served {
         self.uffd
             .read(&mut self.messages)
             .map_err(|e| Lost::Failed(format!("reading the userfaultfd: {e}")))?;
+        let mut protected = Vec::new();
         for message in self.messages.drain() {
             match message {
+                Message::Fault { address, flags } if flags & Message::PROTECTED != 0 => {
+                    protected.push(Hva(address));
+                }
                 Message::Fault { address, .. } => {
                     self.counters.faults += 1;
                     self.faults.push_back(Hva(address));
@@ -316,7 +326,8 @@ impl Served {
                 Message::Unknown(event) => warn!(event, "unknown userfaultfd event"),
             }
         }
-        Ok(())
+        protected.into_iter().for_each(|hva| self.let_write(hva));
+        self.read_outside()
     }
 
     fn fault(&mut self, hva: Hva, since: Instant, reads: &mut Reads) -> Result<(), Lost> {
@@ -349,6 +360,7 @@ impl Served {
             FaultPlan::Confirm(page) => self.confirm(Waiter { page, since }, reads),
             FaultPlan::Poisoned(page) => {
                 let end = self.put(PageRun::new(page, 1), Put::Poison)?;
+                self.let_go(PageRun::new(page, 1));
                 self.settle(Waiter { page, since }, end, reads)
             }
         }
@@ -360,6 +372,7 @@ impl Served {
         self.counters.joined += 1;
         if !reads.covers(self.id, waiter.page) {
             // An installer beside us is at it: its install wakes the waiter.
+            self.await_installers();
             return Ok(());
         }
         let one = PageRun::new(waiter.page, 1);
