@@ -1,6 +1,7 @@
 //! `vmpager bench`: measurements, side by side with the floor or a peer in one
 //! run.
 
+mod attach;
 mod exit;
 mod fault;
 mod image;
@@ -19,6 +20,9 @@ pub(crate) enum BenchCommand {
     Exit(exit::ExitArgs),
     /// Packed images: how small, how fast to make, how fast to restore from.
     Image(image::ImageArgs),
+    /// Memory shared between processes: faults of one that takes part against
+    /// the pager's own, the fault queue, a look at the page map.
+    Attach(attach::AttachArgs),
     /// A whole VM restored: eagerly, by mmap, on demand, against a handler
     /// that answers each fault with one page.
     Restore(restore::RestoreArgs),
@@ -29,6 +33,7 @@ pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Fault(args) => fault::run(args),
         BenchCommand::Exit(args) => exit::run(args),
         BenchCommand::Image(args) => image::run(args),
+        BenchCommand::Attach(args) => attach::run(args),
         BenchCommand::Restore(args) => restore::run(args),
     }
 }
