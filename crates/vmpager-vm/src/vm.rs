@@ -58,12 +58,38 @@ pub struct VmConfig {
     pub cpu: Cpu,
     /// How many there are; each works on a part of the pages.
     pub vcpus: u64,
+    /// Whether vCPUs of KVM have its interrupt controllers, and interrupts on:
+    /// KVM then takes faults of vCPUs that wait in the kernel asynchronously.
+    pub lapic: bool,
 }
 
 impl Default for VmConfig {
     fn default() -> Self {
         let filling = Filling::Generated { seed: 1, bytes: None };
-        Self { memory_bytes: 512 << 20, filling, cpu: Cpu::Auto, vcpus: 1 }
+        Self { memory_bytes: 512 << 20, filling, cpu: Cpu::Auto, vcpus: 1, lapic: false }
+    }
+}
+
+/// What vCPUs start from.
+#[derive(Clone, Copy, Debug)]
+enum Start<'a> {
+    New { lapic: bool },
+    Saved(&'a kvm::KvmState),
+}
+
+impl<'a> Start<'a> {
+    fn has_irqchip(self) -> bool {
+        match self {
+            Self::New { lapic } => lapic,
+            Self::Saved(state) => state.machine.irqchip.is_some(),
+        }
+    }
+
+    fn saved(self) -> Option<&'a kvm::KvmState> {
+        match self {
+            Self::New { .. } => None,
+            Self::Saved(state) => Some(state),
+        }
     }
 }
 
@@ -100,7 +126,7 @@ impl Vm {
         }
         let seed = config.filling.fill(&mapping, &layout)?;
         let memory = GuestMemory::new(Arc::new(mapping), Memslot::flat(bytes));
-        Self::assemble(memory, layout, seed, config.cpu, None)
+        Self::assemble(memory, layout, seed, config.cpu, Start::New { lapic: config.lapic })
     }
 
     /// Restores a guest. Its vCPUs may be of another kind than those that
@@ -115,8 +141,8 @@ impl Vm {
             return Err(VmError::OtherGuest { path: snapshot.paths.state.clone(), runs: "Linux" });
         };
         let memory = GuestMemory::restore(snapshot, memory)?;
-        let (layout, kvm) = (guest.layout.clone(), state.kvm.as_ref());
-        let mut vm = Self::assemble(memory, layout, guest.seed, cpu, kvm)?;
+        let start = state.kvm.as_ref().map_or(Start::New { lapic: false }, Start::Saved);
+        let mut vm = Self::assemble(memory, guest.layout.clone(), guest.seed, cpu, start)?;
         vm.is_prepared = true;
         Ok(vm)
     }
@@ -126,7 +152,7 @@ impl Vm {
         layout: Layout,
         seed: Option<u64>,
         cpu: Cpu,
-        saved: Option<&kvm::KvmState>,
+        start: Start<'_>,
     ) -> Result<Self, VmError> {
         let device = Device::new(&layout)?;
         let machine = match cpu {
@@ -136,9 +162,9 @@ impl Vm {
                     memory: &memory,
                     device: Some((DEVICE_GPA, device.mapping())),
                     vcpus: layout.vcpus,
-                    irqchip: false,
+                    irqchip: start.has_irqchip(),
                 };
-                match Builtin::new(&parts, &layout, saved) {
+                match Builtin::new(&parts, &layout, start.saved()) {
                     Ok(machine) => Some(machine),
                     Err(VmError::NoKvm(_)) if cpu == Cpu::Auto => None,
                     Err(error) => return Err(error),

@@ -22,8 +22,13 @@ fn a_guest_runs_on_pages_its_own_threads_install() {
     if !have_kvm() {
         return;
     }
-    for vcpus in [1, 2] {
-        let (_dir, snapshot) = snapshot(&VmConfig { vcpus, ..config(Cpu::Kvm) });
+    let has_irqchip = vmpager_kvm::probe::kvm().is_ok_and(|kvm| kvm.irqchip);
+    for (vcpus, lapic) in [(1, false), (2, false), (1, true), (2, true)] {
+        if lapic && !has_irqchip {
+            vmpager_testing::skipped("KVM has no interrupt controllers");
+            continue;
+        }
+        let (_dir, snapshot) = snapshot(&VmConfig { vcpus, lapic, ..config(Cpu::Kvm) });
         for write_every in [0, 1, 3] {
             let workload = Workload { write_every, seed: write_every, ..Workload::default() };
             let (vm, report) =

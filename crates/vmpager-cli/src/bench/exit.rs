@@ -14,6 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use serde::Serialize;
 use vmpager::{GuestRange, NeighbourPolicy, Pager};
+use vmpager_kvm::probe;
 use vmpager_store::RawFile;
 use vmpager_sys::memory::Mapping;
 use vmpager_vm::{
@@ -29,9 +30,9 @@ use crate::{output, size};
 /// Options of `vmpager bench exit`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Example:\n  vmpager bench exit --rounds 5 --json\n\n\
-    Rounds are interleaved; each number is the median of its rounds. The guest has\n\
-    no interrupt controller; `attributes` needs a KVM with memory attributes and is\n\
-    not measured yet (null).")]
+    Rounds are interleaved; each number is the median of its rounds. With a local\n\
+    APIC, KVM takes the faults of vCPUs that wait in the kernel asynchronously.\n\
+    Attributes need a KVM with software-protected VMs: null where there is none.")]
 pub(crate) struct ExitArgs {
     /// Guest memory, all of which is touched.
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size::parse)]
@@ -75,6 +76,7 @@ struct Row {
 enum Way {
     Uffd,
     View,
+    Attributes,
     Oracle,
 }
 
@@ -90,20 +92,28 @@ pub(crate) fn run(args: &ExitArgs) -> anyhow::Result<()> {
     let scratch = Scratch::new(args.dir.as_deref(), args.memory)?;
     let mut rows = Vec::new();
     let mut exit_us = 0.0;
-    for vcpus in [1, 2, 4, 8] {
-        let snapshot = make_snapshot(args, vcpus, &scratch)?;
-        if vcpus == 1 {
-            exit_us = round(exit_cost(&snapshot)?);
+    let kvm = probe::kvm()?;
+    for lapic in [false, true].into_iter().filter(|lapic| kvm.irqchip || !lapic) {
+        for vcpus in [1, 2, 4, 8] {
+            let snapshot = make_snapshot(args, vcpus, lapic, &scratch)?;
+            if vcpus == 1 && !lapic {
+                exit_us = round(exit_cost(&snapshot)?);
+            }
+            rows.push(row(args, vcpus, lapic, kvm.exact_memory_faults(), &snapshot)?);
         }
-        rows.push(row(args, vcpus, &snapshot)?);
     }
     let report = Report { memory_bytes: args.memory, rounds: args.rounds, exit_us, rows };
     if args.json { output::json(&report) } else { show(&report) }
 }
 
-fn make_snapshot(args: &ExitArgs, vcpus: u64, scratch: &Scratch) -> anyhow::Result<Snapshot> {
+fn make_snapshot(
+    args: &ExitArgs,
+    vcpus: u64,
+    lapic: bool,
+    scratch: &Scratch,
+) -> anyhow::Result<Snapshot> {
     let filling = Filling::Generated { seed: 1, bytes: None };
-    let config = VmConfig { memory_bytes: args.memory, filling, cpu: Cpu::Kvm, vcpus };
+    let config = VmConfig { memory_bytes: args.memory, filling, cpu: Cpu::Kvm, vcpus, lapic };
     let mut vm = Vm::build(&config)?;
     vm.prepare()?;
     Ok(vm.snapshot(&SnapshotPaths::in_dir(scratch.path()))?)
@@ -122,24 +132,34 @@ fn exit_cost(snapshot: &Snapshot) -> anyhow::Result<f64> {
     Ok(since.elapsed().as_secs_f64() * 1e6 / f64::from(2 * ROUNDS))
 }
 
-fn row(args: &ExitArgs, vcpus: u64, snapshot: &Snapshot) -> anyhow::Result<Row> {
+fn row(
+    args: &ExitArgs,
+    vcpus: u64,
+    lapic: bool,
+    has_attributes: bool,
+    snapshot: &Snapshot,
+) -> anyhow::Result<Row> {
     let (mut uffd, mut view, mut oracle) = (Vec::new(), Vec::new(), Vec::new());
+    let mut attributes = Vec::new();
     for seed in 0..args.rounds {
         let workload = Workload { seed: seed.into(), ..Workload::default() };
         prepare_cache(&snapshot.paths().memory, Cache::Warm)?;
         uffd.push(one_run(snapshot, Way::Uffd, &workload)?);
         view.push(one_run(snapshot, Way::View, &workload)?);
         oracle.push(one_run(snapshot, Way::Oracle, &workload)?);
+        if has_attributes {
+            attributes.push(one_run(snapshot, Way::Attributes, &workload)?);
+        }
     }
     let rate = |runs: &[Run]| median(runs.iter().map(|run| run.kfaults_s));
     let total = |what: fn(&Run) -> u64| to_f64(view.iter().map(what).sum());
     Ok(Row {
         vcpus,
-        lapic: false,
+        lapic,
         uffd_kfaults_s: round(rate(&uffd)),
         oracle_kfaults_s: round(rate(&oracle)),
         view_kfaults_s: round(rate(&view)),
-        attributes_kfaults_s: None,
+        attributes_kfaults_s: has_attributes.then(|| round(rate(&attributes))),
         ratio_view_uffd: round(rate(&view) / rate(&uffd)),
         ratio_view_oracle: round(rate(&view) / rate(&oracle)),
         fallback_share: round(total(|run| run.fallbacks) / total(|run| run.exits).max(1.0)),
@@ -167,7 +187,9 @@ fn one_run(snapshot: &Snapshot, way: Way, workload: &Workload) -> anyhow::Result
 /// A page per fault in every way: no neighbours.
 fn restore(snapshot: &Snapshot, way: Way) -> anyhow::Result<(Vm, Option<Pager>)> {
     if way != Way::Uffd {
-        let delivery = Delivery::Exit(ExitMechanism::View);
+        let attributes = way == Way::Attributes;
+        let mechanism = if attributes { ExitMechanism::Attributes } else { ExitMechanism::View };
+        let delivery = Delivery::Exit(mechanism);
         let memory = RestoreMemory::InProcess { background_fill: false, delivery };
         return Ok((Vm::restore(snapshot, memory, Cpu::Kvm)?, None));
     }
@@ -188,15 +210,26 @@ fn show(report: &Report) -> anyhow::Result<()> {
         report.exit_us
     ))?;
     output::line(&format!(
-        "{:>5} {:>14} {:>14} {:>14} {:>11} {:>13} {:>10}",
-        "vCPUs", "userfaultfd", "exits (view)", "oracle", "view/uffd", "view/oracle", "fallbacks"
+        "{:>5} {:>5} {:>14} {:>14} {:>14} {:>14} {:>11} {:>13} {:>10}",
+        "vCPUs",
+        "LAPIC",
+        "userfaultfd",
+        "exits (view)",
+        "(attributes)",
+        "oracle",
+        "view/uffd",
+        "view/oracle",
+        "fallbacks"
     ))?;
     for row in &report.rows {
         output::line(&format!(
-            "{:>5} {:>11.1} k/s {:>11.1} k/s {:>11.1} k/s {:>10.2}x {:>12.2}x {:>9.2}%",
+            "{:>5} {:>5} {:>11.1} k/s {:>11.1} k/s {:>14} {:>11.1} k/s {:>10.2}x {:>12.2}x \
+             {:>9.2}%",
             row.vcpus,
+            if row.lapic { "yes" } else { "no" },
             row.uffd_kfaults_s,
             row.view_kfaults_s,
+            row.attributes_kfaults_s.map_or("-".into(), |rate| format!("{rate:.1} k/s")),
             row.oracle_kfaults_s,
             row.ratio_view_uffd,
             row.ratio_view_oracle,

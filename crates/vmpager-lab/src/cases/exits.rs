@@ -67,6 +67,27 @@ pub(super) fn every_access_finds_its_page(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Only that all ways are measured: times mean little here.
+pub(super) fn bench_exit_measures_every_way(lab: &Lab) -> anyhow::Result<()> {
+    let mut command = Command::new(&lab.vmpager);
+    command.args(["bench", "exit", "--memory", "8M", "--rounds", "1", "--json", "--dir", "."]);
+    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}: {error}", output.status);
+    let report: Value = serde_json::from_slice(&output.stdout).context("its report")?;
+    let rows = report["rows"].as_array().context("no rows")?;
+    rows.iter().for_each(|row| println!("{row}"));
+    ensure!(rows.len() == 8, "{} rows, not 8", rows.len());
+    let has_attributes = probe::kvm()?.exact_memory_faults();
+    for row in rows {
+        let measured = ["uffd_kfaults_s", "view_kfaults_s", "oracle_kfaults_s"];
+        let all = measured.iter().all(|key| row[key].as_f64().is_some_and(|rate| rate > 0.0));
+        let attributes = row["attributes_kfaults_s"].as_f64().is_some_and(|rate| rate > 0.0);
+        ensure!(all && attributes == has_attributes, "{row}");
+    }
+    Ok(())
+}
+
 /// Restores a guest under load so, and has its memory checked by itself and by
 /// the host. What its exits came to.
 fn restores(lab: &Lab, mode: &[&str]) -> anyhow::Result<Value> {

@@ -86,6 +86,7 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case("many", "ten_restores_side_by_side", 150, restore::ten_restores_side_by_side),
     case("matrix", "every_access_finds_its_page", 240, exits::every_access_finds_its_page),
+    case("matrix", "bench_exit_measures_every_way", 120, exits::bench_exit_measures_every_way),
     case("exits", "restored_by_exits_it_goes_on", 90, exits::restored_by_exits_it_goes_on),
     case(
         "exits",

@@ -2,13 +2,14 @@
 
 use std::time::Instant;
 
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuExit;
 use vmpager_kvm::exit::ExitStats;
 
 use super::machine::{Machine, Parts};
 use super::program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED};
 use super::refused;
-use super::registers::{IOPL_3, initial_regs, initial_sregs};
+use super::registers::{INTERRUPTS, IOPL_3, initial_regs, initial_sregs};
 use super::state::KvmState;
 use super::vcpu::{Answer, Stopped, Vcpu};
 use crate::error::VmError;
@@ -35,7 +36,9 @@ impl Builtin {
         let machine = Machine::new(parts)?;
         match saved {
             Some(state) => machine.load(state)?,
-            None => machine.vcpus.iter().try_for_each(|vcpu| reset(vcpu, layout))?,
+            None => {
+                machine.vcpus.iter().try_for_each(|vcpu| reset(vcpu, layout, parts.irqchip))?;
+            }
         }
         Ok(Self(machine))
     }
@@ -79,9 +82,16 @@ impl Builtin {
     }
 }
 
-fn reset(vcpu: &Vcpu, layout: &Layout) -> Result<(), VmError> {
+fn reset(vcpu: &Vcpu, layout: &Layout, irqchip: bool) -> Result<(), VmError> {
     let sregs = vcpu.fd.get_sregs().map_err(refused("read system registers"))?;
-    vcpu.set_registers(&initial_regs(layout, vcpu.id), &initial_sregs(layout, sregs))
+    let mut regs = initial_regs(layout, vcpu.id);
+    if irqchip {
+        regs.rflags |= INTERRUPTS;
+        // All but the first would wait for others to start them.
+        let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+        vcpu.fd.set_mp_state(runnable).map_err(refused("start a vCPU"))?;
+    }
+    vcpu.set_registers(&regs, &initial_sregs(layout, sregs))
 }
 
 /// One round: from the next entry to the event `done`.

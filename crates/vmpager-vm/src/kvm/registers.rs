@@ -9,6 +9,9 @@ use crate::layout::{Layout, TSS_OFFSET};
 /// The flags that let ring 3 use `out`.
 pub(super) const IOPL_3: u64 = 3 << 12;
 
+/// The flag that lets interrupts in. None comes: nothing is set up to send any.
+pub(super) const INTERRUPTS: u64 = 1 << 9;
+
 /// General registers at the guest's first instruction.
 pub(super) fn initial_regs(layout: &Layout, vcpu: u64) -> kvm_regs {
     kvm_regs {
