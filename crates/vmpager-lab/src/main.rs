@@ -1,25 +1,28 @@
-//! The lab's program, one static binary in four roles: the init of the
+//! The lab's program, one static binary in several roles: the init of the
 //! emulated machine, which runs the tests; the init of the Linux guests that
-//! the tests start; a runner of the same tests on a machine's own KVM; and one
-//! test, in a process of its own. `docs/lab.md` tells how it all goes together.
+//! the tests start; a runner of the same tests on a machine's own KVM; one test,
+//! in a process of its own; and what starts guests where they are safe. `docs/lab.md` tells how it all goes together.
 //!
 //! | module | what lives there |
 //! |---|---|
 //! | `init` | what both kinds of init do |
 //! | `runner` | tests in processes of their own, with limits |
 //! | `report` | the protocol to the outside |
+//! | `cpus` | where guests may run in the emulator |
 //! | `cases` | the tests, and what they share |
 //! | `guest` | the load a guest runs, and how it checks itself |
 //! | `pages` | contents that tell what they ought to be |
 #![forbid(unsafe_code)]
 
 mod cases;
+mod cpus;
 mod guest;
 mod init;
 mod pages;
 mod report;
 mod runner;
 
+use std::ffi::OsString;
 use std::io;
 use std::process::ExitCode;
 
@@ -47,6 +50,12 @@ enum Role {
         /// The test.
         name: String,
     },
+    /// Becomes a command, on CPUs where the emulator does not lose guests.
+    WhereGuestsMayRun {
+        /// The program and its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<OsString>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -64,6 +73,9 @@ fn main() -> ExitCode {
             runner::run(&lab, &names, &mut Report::new(Box::new(io::stdout())))
         }
         Role::Test { lab, name } => cases::named(&name).and_then(|case| (case.run)(&lab)),
+        Role::WhereGuestsMayRun { command } => {
+            Err(anyhow::Error::new(cpus::run_off_the_first(&command)).context("running a guest"))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -26,6 +26,10 @@ const STARTING: Duration = Duration::from_secs(20);
 /// The lab's memory. The snapshots are in there too.
 const MEMORY_MIB: u32 = 2048;
 
+/// The lab's CPUs. The first runs no guests (`vmpager-lab`'s `cpus` tells why); two
+/// more let two vCPUs run at once, if the kernel has as many.
+const CPUS: u32 = 3;
+
 /// One line from the lab.
 enum Line {
     /// The emulated machine's console: what its kernel says.
@@ -69,7 +73,14 @@ impl Boot {
         command
             // No XSAVE: the emulator does not let KVM intercept XSETBV, so KVM would
             // run a guest that turns AVX on with it off.
-            .args(["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt,-xsave", "-smp", "2"])
+            .args([
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "EPYC,+svm,+npt,-xsave",
+                "-smp",
+                &CPUS.to_string(),
+            ])
             .args(["-m", &MEMORY_MIB.to_string(), "-nodefaults", "-no-user-config"])
             .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
             .args(["-chardev", &format!("socket,id=protocol,path={}", socket.display())])

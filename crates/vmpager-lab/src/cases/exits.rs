@@ -1,8 +1,6 @@
 //! Linux guests whose missing pages are exits of their vCPUs, by both
 //! mechanisms.
 
-use std::process::Command;
-
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use vmpager_kvm::probe;
@@ -11,6 +9,7 @@ use super::Lab;
 use super::guest::TWO;
 use super::restore::work_and_compare;
 use super::saved::Saved;
+use crate::cpus::guest_command;
 
 const VIEW: [&str; 3] = ["on-demand", "--delivery", "exit"];
 const ATTRIBUTES: [&str; 5] = ["on-demand", "--delivery", "exit", "--exit-mechanism", "attributes"];
@@ -58,7 +57,7 @@ pub(super) fn restored_by_attributes_with_fill_it_goes_on(lab: &Lab) -> anyhow::
 /// Each kind of access in each mode of the processor, with each of its pages
 /// missing in turn.
 pub(super) fn every_access_finds_its_page(lab: &Lab) -> anyhow::Result<()> {
-    let mut command = Command::new(&lab.matrix);
+    let mut command = guest_command(lab, &lab.matrix);
     command.args(["--nocapture", "--test-threads=1"]);
     if !lab.direct {
         // QEMU 7.2 ends without a word (docs/lab.md).
@@ -71,7 +70,7 @@ pub(super) fn every_access_finds_its_page(lab: &Lab) -> anyhow::Result<()> {
 
 /// Only that all ways are measured: times mean little here.
 pub(super) fn bench_exit_measures_every_way(lab: &Lab) -> anyhow::Result<()> {
-    let mut command = Command::new(&lab.vmpager);
+    let mut command = guest_command(lab, &lab.vmpager);
     command.args(["bench", "exit", "--memory", "8M", "--rounds", "1", "--json", "--dir", "."]);
     let output = command.output().with_context(|| format!("running {command:?}"))?;
     let error = String::from_utf8_lossy(&output.stderr);
@@ -105,7 +104,7 @@ fn restores(lab: &Lab, mode: &[&str]) -> anyhow::Result<Value> {
 /// Without software-protected VMs the command says so, and what to do.
 fn is_refused(lab: &Lab) -> anyhow::Result<()> {
     let saved = Saved::shared(lab, &TWO)?;
-    let mut command = Command::new(&lab.vmpager);
+    let mut command = guest_command(lab, &lab.vmpager);
     command.args(["vm", "restore", "--state"]).arg(&saved.state);
     command.arg("--memory").arg(&saved.memory).arg("--memory-mode").args(ATTRIBUTES);
     let output = command.output().with_context(|| format!("running {command:?}"))?;

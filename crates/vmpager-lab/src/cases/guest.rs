@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::Lab;
 use super::beat::{Beat, Verdict};
+use crate::cpus::guest_command;
 
 /// How long a guest may be silent. An emulated machine that runs several of
 /// them at once takes its time.
@@ -83,7 +84,7 @@ impl Guest {
             "console=ttyS0 quiet transparent_hugepage=never lab.load={vcpus} lab.still={still} \
              lab.moving={moving}"
         );
-        let mut command = Command::new(&lab.vmpager);
+        let mut command = guest_command(lab, &lab.vmpager);
         command.args(["vm", "run"]).arg("--kernel").arg(&lab.kernel);
         command.arg("--initrd").arg(&lab.initrd).args(["--cmdline", &cmdline]);
         command.args(["--memory", &format!("{memory_mib}M"), "--vcpus", &vcpus.to_string()]);

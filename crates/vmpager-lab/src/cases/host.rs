@@ -7,6 +7,7 @@ use serde_json::Value;
 use vmpager_kvm::probe::{self, Vendor};
 
 use super::Lab;
+use crate::cpus::guest_command;
 
 /// The lab is worth nothing without KVM that runs guests by itself.
 pub(super) fn kvm_is_there(_: &Lab) -> anyhow::Result<()> {
@@ -30,7 +31,7 @@ pub(super) fn doctor_finds_what_restores_need(lab: &Lab) -> anyhow::Result<()> {
 
 pub(super) fn demo_restores_every_page_on_kvm(lab: &Lab) -> anyhow::Result<()> {
     let report = json(
-        Command::new(&lab.vmpager)
+        guest_command(lab, &lab.vmpager)
             .args(["demo", "--memory", "64M", "--cpu", "kvm", "--json", "--dir", "."]),
     )?;
     ensure!(report["vm"] == "kvm", "its vCPU was {}", report["vm"]);

@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::io::{BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
@@ -11,6 +10,7 @@ use anyhow::{Context, bail, ensure};
 use super::Lab;
 use super::beat::Beat;
 use super::guest::{Guest, Size};
+use crate::cpus::guest_command;
 use crate::pages::{PAGE, still_page};
 
 /// A snapshot.
@@ -60,7 +60,7 @@ impl Saved {
     /// Restores it, and does not wait for anything. Of several guests in one
     /// directory, each needs a name.
     pub(super) fn start(&self, lab: &Lab, mode: &[&str], name: &str) -> anyhow::Result<Guest> {
-        let mut command = Command::new(&lab.vmpager);
+        let mut command = guest_command(lab, &lab.vmpager);
         command.args(["vm", "restore", "--state"]).arg(&self.state);
         command.arg("--memory").arg(&self.memory).arg("--memory-mode").args(mode);
         Guest::start(&mut command, name)

@@ -1,0 +1,49 @@
+//! Which CPUs may run guests.
+//!
+//! QEMU's emulation changes a flag word of its *first* CPU from whichever CPU
+//! executes FXRSTOR, FRSTOR or FLDENV (`cpu_clear_ignne`), and not atomically. The
+//! same word says whether that CPU is in a guest, with nested paging. So as another
+//! CPU switches tasks, a guest on the first one may find itself without nested
+//! paging, or its host with it: the guest is lost. On the other CPUs it is safe.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+use crate::cases::Lab;
+
+/// A command for a program that runs guests.
+pub(crate) fn guest_command(lab: &Lab, program: &Path) -> Command {
+    if lab.direct {
+        return Command::new(program);
+    }
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("where-guests-may-run").arg(program);
+    command
+}
+
+/// Becomes a command that stays off the first CPU; why that failed.
+pub(crate) fn run_off_the_first(command: &[OsString]) -> io::Error {
+    let Some((program, arguments)) = command.split_first() else {
+        return io::Error::new(io::ErrorKind::InvalidInput, "no command");
+    };
+    if let Err(error) = leave_the_first() {
+        return error;
+    }
+    Command::new(program).args(arguments).exec()
+}
+
+fn leave_the_first() -> io::Result<()> {
+    let mut cpus: CpuSet = sched_getaffinity(None)?;
+    cpus.unset(0);
+    if cpus.count() == 0 {
+        return Err(io::Error::other(
+            "the emulated machine has one CPU, where guests are not safe",
+        ));
+    }
+    Ok(sched_setaffinity(None, &cpus)?)
+}
