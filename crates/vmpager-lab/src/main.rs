@@ -28,7 +28,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cases::Lab;
+use cases::{GuestLost, Lab};
 use report::Report;
 
 /// The lab's program.
@@ -81,7 +81,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             println!("{error:#}");
-            ExitCode::FAILURE
+            let lost = error.downcast_ref::<GuestLost>().is_some();
+            if lost { ExitCode::from(runner::GUEST_LOST) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -4,7 +4,7 @@
 //! plan N                         so many tests will run
 //! begin NAME
 //! text WHATEVER                  said by the test that runs
-//! end NAME passed|failed|skipped MILLISECONDS
+//! end NAME passed|failed|lost|skipped MILLISECONDS
 //! over                           no more tests
 //! ```
 
@@ -17,6 +17,8 @@ use std::time::Duration;
 pub(crate) enum Outcome {
     Passed,
     Failed,
+    /// It hung, or a guest did or was gone. Nothing was found to be wrong.
+    Lost,
     Skipped,
 }
 
@@ -25,6 +27,7 @@ impl fmt::Display for Outcome {
         f.write_str(match self {
             Self::Passed => "passed",
             Self::Failed => "failed",
+            Self::Lost => "lost",
             Self::Skipped => "skipped",
         })
     }

@@ -21,6 +21,9 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long a test's processes may take to go once they were told to.
 const LEAVING: Duration = Duration::from_secs(2);
 
+/// The exit status of a test that lost a guest.
+pub(crate) const GUEST_LOST: u8 = 3;
+
 /// Runs the tests with these names.
 pub(crate) fn run(lab: &Lab, names: &[String], report: &mut Report) -> anyhow::Result<()> {
     report.plan(names.len());
@@ -82,13 +85,14 @@ fn run_one(lab: &Lab, case: &Case, report: &mut Report) -> anyhow::Result<Outcom
     fs::remove_dir_all(&scratch).with_context(|| format!("removing {}", scratch.display()))?;
     Ok(match status {
         Some(status) if status.success() && !left_over => Outcome::Passed,
+        Some(status) if status.code() == Some(GUEST_LOST.into()) => Outcome::Lost,
         Some(status) => {
             if status.code().is_none() {
                 report.text(&format!("it was killed: {status}"));
             }
             Outcome::Failed
         }
-        None => Outcome::Failed,
+        None => Outcome::Lost,
     })
 }
 

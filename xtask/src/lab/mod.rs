@@ -8,7 +8,6 @@
 //! | `initramfs` | the file systems of the lab and of its guests |
 //! | `boot` | one run of the emulator, watched line by line |
 //! | `tally` | what a run's tests came to: none may be missing |
-//! | `trace` | the emulator's account of its guests: could it be at fault? |
 //! | `tool` | programs this needs, and the packages that have them |
 
 mod boot;
@@ -17,7 +16,6 @@ mod initramfs;
 mod kernel;
 mod tally;
 mod tool;
-mod trace;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -30,8 +28,9 @@ use build::{Case, Programs};
 use kernel::Kernel;
 use tally::Tally;
 
-/// How often tests are run that do not pass, if each time the emulator is seen
-/// to be at fault.
+/// How often a test is run that loses a guest, or its machine: the emulator does
+/// that by itself now and then (`docs/lab.md`). A test that finds something wrong
+/// has failed the first time.
 const ATTEMPTS: usize = 3;
 
 /// Options of `cargo xtask lab`.
@@ -84,13 +83,14 @@ pub(crate) fn run(root: &Path, args: &LabArgs) -> anyhow::Result<()> {
         run_emulated(args, &target, &programs, &cases, deadline)?
     };
     println!("\nlab: {tally}, {} s", begin.elapsed().as_secs());
-    for failure in tally.failures() {
+    let failures = tally.failures();
+    for failure in &failures {
         println!("  {failure}");
     }
-    for once in tally.void() {
-        println!("  VOID: {once}; the emulator was at fault");
+    for once in tally.unstable() {
+        println!("  UNSTABLE: {once}, and not when run again");
     }
-    if tally.failures().is_empty() { Ok(()) } else { bail!("the lab failed: {tally}") }
+    if failures.is_empty() { Ok(()) } else { bail!("the lab failed: {tally}") }
 }
 
 /// Every group of tests in a boot of its own.
@@ -120,23 +120,17 @@ fn run_emulated(
         println!("\nboot {name}: {} tests", cases.len());
         let emulated = |cases: &[Case]| {
             let socket = scratch.path().join("protocol");
-            let trace = scratch.path().join("trace");
-            let mut boot = Boot::emulated(&host, &initramfs, &socket, &trace, cases)?;
-            let run = boot::watch(&mut boot, cases, deadline);
-            drop(boot); // or the trace may not be complete
-            anyhow::Ok((run, trace))
+            let mut boot = Boot::emulated(&host, &initramfs, &socket, cases)?;
+            anyhow::Ok(boot::watch(&mut boot, cases, deadline))
         };
-        let (mut run, mut trace) = emulated(&cases)?;
+        let mut run = emulated(&cases)?;
         for _ in 1..ATTEMPTS {
             let again = run.again(&cases);
-            if again.is_empty() || trace::surplus_exits(&trace)? == 0 {
+            if again.is_empty() {
                 break;
             }
-            println!("\nboot {name} is void: the emulator left a guest that it had not entered.");
-            println!("boot {name} once more: {} tests", again.len());
-            let (next, its_trace) = emulated(&again)?;
-            run.replaced(next);
-            trace = its_trace;
+            println!("\nboot {name} once more, for what was lost: {} tests", again.len());
+            run.replaced(emulated(&again)?);
         }
         tally.add(run);
     }

@@ -30,6 +30,7 @@ const TROUBLE: [&str; 11] = [
 enum Outcome {
     Passed,
     Failed,
+    Lost,
     Skipped,
 }
 
@@ -41,6 +42,8 @@ pub(super) struct Run<'a> {
     announced: Option<usize>,
     over: bool,
     failures: Vec<String>,
+    /// Guests or machines that stood still or were gone, with nothing wrong.
+    lost: Vec<String>,
 }
 
 /// The sum of runs.
@@ -52,10 +55,11 @@ pub(super) struct Tally {
     skipped: usize,
     missing: usize,
     failures: Vec<String>,
-    /// Failures that did not count, for the emulator was at fault.
-    void: Vec<String>,
-    /// Those that did not pass, by name.
-    not_passed: Vec<String>,
+    lost: Vec<String>,
+    /// What was lost, and was not when its tests were run again.
+    unstable: Vec<String>,
+    /// Tests that neither passed nor failed, by name.
+    unknown: Vec<String>,
 }
 
 impl<'a> Run<'a> {
@@ -67,6 +71,7 @@ impl<'a> Run<'a> {
             announced: None,
             over: false,
             failures: Vec::new(),
+            lost: Vec::new(),
         }
     }
 
@@ -74,7 +79,7 @@ impl<'a> Run<'a> {
     pub(super) fn console(&mut self, line: &str) {
         if TROUBLE.iter().any(|word| line.contains(word)) {
             let during = self.current.map_or("no test", |at| &self.cases[at].name);
-            self.failures.push(format!("the lab's kernel, during {during}: {line}"));
+            self.lost.push(format!("the lab's kernel, during {during}: {line}"));
         }
     }
 
@@ -107,18 +112,22 @@ impl<'a> Run<'a> {
         };
         let outcome = match outcome {
             "passed" => Outcome::Passed,
+            "lost" => Outcome::Lost,
             "skipped" => Outcome::Skipped,
             _ => Outcome::Failed,
         };
         let text = match outcome {
             Outcome::Passed => "ok",
             Outcome::Failed => "FAILED",
+            Outcome::Lost => "LOST",
             Outcome::Skipped => "skipped",
         };
         match self.current.take().filter(|&at| self.cases[at].name == name) {
             Some(at) if self.outcomes[at].is_none() => {
-                if outcome == Outcome::Failed {
-                    self.failures.push(format!("{name} failed"));
+                match outcome {
+                    Outcome::Failed => self.failures.push(format!("{name} failed")),
+                    Outcome::Lost => self.lost.push(format!("{name} lost a guest, or hung")),
+                    Outcome::Passed | Outcome::Skipped => {}
                 }
                 self.outcomes[at] = Some(outcome);
             }
@@ -137,7 +146,7 @@ impl<'a> Run<'a> {
     /// The run was ended from outside.
     pub(super) fn give_up(&mut self, why: &str) {
         let during = self.current.map_or("no test", |at| &self.cases[at].name);
-        self.failures.push(format!("the lab was stopped during {during}: {why}"));
+        self.lost.push(format!("the lab was stopped during {during}: {why}"));
         self.over = true; // said already
     }
 
@@ -146,29 +155,30 @@ impl<'a> Run<'a> {
         let count = |wanted: &Outcome| {
             self.outcomes.iter().filter(|outcome| outcome.as_ref() == Some(wanted)).count()
         };
-        let (passed, failed) = (count(&Outcome::Passed), count(&Outcome::Failed));
+        let passed = count(&Outcome::Passed);
+        let failed = count(&Outcome::Failed) + count(&Outcome::Lost);
         let skipped = count(&Outcome::Skipped);
         if !self.over {
-            self.failures.push("the lab ended before its tests did".into());
+            self.lost.push("the lab ended before its tests did".into());
         }
         if self.announced != Some(self.cases.len()) {
             let announced = self.announced.map_or("nothing".into(), |n| format!("{n} tests"));
             let asked = self.cases.len();
-            self.failures.push(format!("the lab announced {announced}, asked for were {asked}"));
+            self.lost.push(format!("the lab announced {announced}, asked for were {asked}"));
         }
         for (case, outcome) in self.cases.iter().zip(&self.outcomes) {
             if outcome.is_none() {
-                self.failures.push(format!("{} did not run to its end", case.name));
+                self.lost.push(format!("{} did not run to its end", case.name));
             }
         }
         let missing = self.outcomes.iter().filter(|outcome| outcome.is_none()).count();
         let outcomes = self.cases.iter().zip(&self.outcomes);
-        let not_passed = outcomes
-            .filter(|(_, outcome)| outcome.as_ref() != Some(&Outcome::Passed))
+        let unknown = outcomes
+            .filter(|(_, outcome)| matches!(outcome, None | Some(Outcome::Lost)))
             .map(|(case, _)| case.name.clone())
             .collect();
-        let (failures, void) = (self.failures, Vec::new());
-        Tally { runs: 1, passed, failed, skipped, missing, failures, void, not_passed }
+        let (failures, lost, unstable) = (self.failures, self.lost, Vec::new());
+        Tally { runs: 1, passed, failed, skipped, missing, failures, lost, unstable, unknown }
     }
 }
 
@@ -180,42 +190,47 @@ impl Tally {
         self.skipped += run.skipped;
         self.missing += run.missing;
         self.failures.extend(run.failures);
-        self.void.extend(run.void);
-        self.not_passed.extend(run.not_passed);
+        self.lost.extend(run.lost);
+        self.unstable.extend(run.unstable);
+        self.unknown.extend(run.unknown);
     }
 
-    /// The tests to run again, should this run not count: those
-    /// that did not pass or, if it is the machine that failed, all of them.
+    /// The tests to run again: those of which nothing is known or, if it is the
+    /// machine that was lost, all of them.
     pub(super) fn again(&self, cases: &[Case]) -> Vec<Case> {
-        let wanted =
-            |case: &&Case| self.not_passed.is_empty() || self.not_passed.contains(&case.name);
-        match self.failures.is_empty() {
-            true => Vec::new(),
-            false => cases.iter().filter(wanted).cloned().collect(),
+        if self.lost.is_empty() {
+            return Vec::new();
         }
+        let wanted = |case: &&Case| self.unknown.is_empty() || self.unknown.contains(&case.name);
+        cases.iter().filter(wanted).cloned().collect()
     }
 
     /// The tests of [`again`](Self::again) were run again, and count as they
-    /// ended there. What went wrong before is told, and no failure.
+    /// ended there.
     pub(super) fn replaced(&mut self, by: Self) {
-        if self.not_passed.is_empty() {
-            self.passed = 0; // all were run again
+        if self.unknown.is_empty() {
+            (self.passed, self.failed, self.skipped) = (0, 0, 0); // all were
+        } else {
+            self.failed = self.failures.len();
         }
-        self.void.append(&mut self.failures);
+        self.unstable.append(&mut self.lost);
         self.runs += by.runs;
         self.passed += by.passed;
-        (self.failed, self.skipped, self.missing) = (by.failed, by.skipped, by.missing);
-        (self.failures, self.not_passed) = (by.failures, by.not_passed);
+        self.failed += by.failed;
+        self.skipped += by.skipped;
+        self.missing = by.missing;
+        self.failures.extend(by.failures);
+        (self.lost, self.unknown) = (by.lost, by.unknown);
     }
 
-    /// What went wrong, and did not count.
-    pub(super) fn void(&self) -> &[String] {
-        &self.void
+    /// What was lost, and not again.
+    pub(super) fn unstable(&self) -> &[String] {
+        &self.unstable
     }
 
     /// Everything that is wrong; nothing else makes the lab a success.
-    pub(super) fn failures(&self) -> &[String] {
-        &self.failures
+    pub(super) fn failures(&self) -> Vec<&String> {
+        self.failures.iter().chain(&self.lost).collect()
     }
 
     /// In the lab everything there is must run.
@@ -231,7 +246,7 @@ impl fmt::Display for Tally {
         let Self { runs, passed, failed, skipped, missing, .. } = self;
         let tests = passed + failed + skipped + missing;
         write!(f, "{tests} tests in {runs} runs: {passed} passed, {failed} failed, ")?;
-        write!(f, "{skipped} skipped, {missing} did not run, {} void", self.void.len())
+        write!(f, "{skipped} skipped, {missing} did not run, {} unstable", self.unstable.len())
     }
 }
 
@@ -259,7 +274,7 @@ mod tests {
         for line in console {
             run.console(line);
         }
-        run.end().failures
+        run.end().failures().into_iter().cloned().collect()
     }
 
     const GOOD: [&str; 6] =
@@ -328,28 +343,48 @@ mod tests {
     }
 
     #[test]
-    fn what_is_run_again_counts_as_it_ended_then() {
+    fn a_test_that_failed_is_not_run_again() {
         let mut lines = GOOD;
         lines[2] = "end one failed 5";
+        assert!(tally(&lines).again(&cases()).is_empty());
+        assert!(tally(&GOOD).again(&cases()).is_empty());
+    }
+
+    #[test]
+    fn what_was_lost_counts_as_it_ends_when_run_again() {
+        let mut lines = GOOD;
+        lines[2] = "end one lost 5";
         let mut first = tally(&lines);
+        assert_eq!(first.failures(), ["one lost a guest, or hung"]);
         let names: Vec<String> = first.again(&cases()).into_iter().map(|case| case.name).collect();
         assert_eq!(names, ["one"]);
         let one = &cases()[..1];
         first.replaced(tally_of(one, &["plan 1", "begin one", "end one passed 5", "over"]));
         assert!(first.failures().is_empty());
-        assert_eq!(first.void(), ["one failed"]);
+        assert_eq!(first.unstable(), ["one lost a guest, or hung"]);
         assert_eq!((first.passed, first.failed, first.runs), (2, 0, 2));
 
-        let mut first = tally(&lines);
-        first.replaced(tally_of(one, &["plan 1", "begin one", "end one failed 5", "over"]));
-        assert_eq!(first.failures(), ["one failed"]);
-        assert_eq!((first.passed, first.failed), (1, 1));
-        assert_eq!(first.again(&cases()).len(), 1);
-        assert!(tally(&GOOD).again(&cases()).is_empty());
+        for end in ["end one lost 5", "end one failed 5"] {
+            let mut first = tally(&lines);
+            first.replaced(tally_of(one, &["plan 1", "begin one", end, "over"]));
+            assert_eq!((first.passed, first.failed, first.failures().len()), (1, 1, 1), "{end}");
+            assert_eq!(first.again(&cases()).is_empty(), end.contains("failed"));
+        }
     }
 
     #[test]
-    fn all_tests_are_run_again_if_the_machine_failed() {
+    fn a_failure_stays_one_whatever_is_run_again() {
+        let lines = ["plan 2", "begin one", "end one failed 5", "begin two", "end two lost 5"];
+        let mut first = tally(&lines);
+        let two = &cases()[1..];
+        assert_eq!(first.again(&cases()).len(), 1);
+        first.replaced(tally_of(two, &["plan 1", "begin two", "end two passed 5", "over"]));
+        assert_eq!(first.failures(), ["one failed"]);
+        assert_eq!((first.passed, first.failed), (1, 1));
+    }
+
+    #[test]
+    fn all_tests_are_run_again_if_the_machine_was_lost() {
         let cases = cases();
         let mut run = Run::new(&cases);
         run.console("Kernel panic - not syncing");
@@ -359,7 +394,7 @@ mod tests {
         let mut first = run.end();
         assert_eq!(first.again(&cases).len(), 2);
         first.replaced(tally(&GOOD));
-        assert_eq!((first.passed, first.failures().len(), first.void().len()), (2, 0, 1));
+        assert_eq!((first.passed, first.failures().len(), first.unstable().len()), (2, 0, 1));
     }
 
     #[test]

@@ -62,6 +62,12 @@ pub(super) struct Guest {
     summary: Option<ChildStdout>,
 }
 
+/// A guest stands still, or is gone. Nothing of it was found to be wrong, so it may
+/// be the emulator that lost it (`docs/lab.md`).
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct GuestLost(String);
+
 impl Drop for Guest {
     fn drop(&mut self) {
         // Both fail only if it has ended already.
@@ -141,7 +147,7 @@ impl Guest {
                         return Ok(found);
                     }
                 }
-                None => bail!("waiting for {what}: nothing in {PATIENCE:?}{}", self.tail()),
+                None => bail!(self.lost(&format!("waiting for {what}: nothing in {PATIENCE:?}"))),
             }
         }
     }
@@ -155,16 +161,20 @@ impl Guest {
                     // The rest of what it has to say.
                     thread::sleep(Duration::from_secs(1));
                     self.console.extend(self.lines.try_iter());
-                    bail!("the guest's kernel is in trouble{}", self.tail());
+                    bail!(self.lost("the guest's kernel is in trouble"));
                 }
                 Ok(Some(line))
             }
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => {
                 let status = self.child.wait().context("waiting for the VM's process")?;
-                bail!("the VM ended ({status}){}", self.tail())
+                bail!(self.lost(&format!("the VM ended ({status})")))
             }
         }
+    }
+
+    fn lost(&self, why: &str) -> GuestLost {
+        GuestLost(format!("{why}{}", self.tail()))
     }
 
     /// The latest lines of the console, for errors.
@@ -197,14 +207,15 @@ impl Guest {
             if beat.has_done(more, &begin) {
                 return Ok(beat);
             }
-            ensure!(Instant::now() < deadline, "the load stands still{}", self.tail());
+            ensure!(Instant::now() < deadline, self.lost("the load stands still"));
         }
     }
 
     /// Types a line on the guest's console.
     pub(super) fn say(&mut self, command: &str) -> anyhow::Result<()> {
-        self.stdin.write_all(format!("{command}\n").as_bytes()).context("the guest's console")?;
-        self.stdin.flush().context("the guest's console")
+        let said = self.stdin.write_all(format!("{command}\n").as_bytes());
+        let said = said.and_then(|()| self.stdin.flush());
+        said.map_err(|error| self.lost(&format!("the guest's console: {error}")).into())
     }
 
     /// Ends the load; what the guest says of it.
@@ -247,7 +258,7 @@ impl Guest {
             if let Some(status) = self.child.try_wait().context("waiting for the VM's process")? {
                 return Ok(status);
             }
-            ensure!(Instant::now() < deadline, "the VM does not end{}", self.tail());
+            ensure!(Instant::now() < deadline, self.lost("the VM does not end"));
             thread::sleep(Duration::from_millis(20));
         }
     }

@@ -18,6 +18,8 @@ use std::time::Duration;
 use anyhow::Context;
 use vmpager_kvm::probe;
 
+pub(crate) use guest::GuestLost;
+
 /// One test.
 #[derive(Debug)]
 pub(crate) struct Case {
