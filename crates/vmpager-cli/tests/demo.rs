@@ -128,7 +128,12 @@ fn bench_restore_compares_with_mmap_and_the_naive_handler() {
     ];
     let Some(report) = json(&args) else { return };
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 5);
+    let modes: Vec<&str> = rows.iter().map(|row| row["mode"].as_str().unwrap()).collect();
+    let on_demand = ["on-demand", "on-demand+fill", "packed", "packed+fill"];
+    assert_eq!(modes.len(), 7, "{modes:?}");
+    for mode in ["naive", "mmap", "eager"].iter().chain(&on_demand) {
+        assert!(modes.contains(mode), "no {mode} in {modes:?}");
+    }
     for row in rows {
         assert_eq!(row["cache"], "warm");
         assert!(row["ratio_mmap"].as_f64().unwrap() > 0.0);
