@@ -88,7 +88,7 @@ pub(crate) fn run(root: &Path, args: &LabArgs) -> anyhow::Result<()> {
         println!("  {failure}");
     }
     for once in tally.unstable() {
-        println!("  UNSTABLE: {once}, and not when run again");
+        println!("  UNSTABLE: {once}; run again");
     }
     if failures.is_empty() { Ok(()) } else { bail!("the lab failed: {tally}") }
 }
