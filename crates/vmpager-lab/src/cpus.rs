@@ -2,9 +2,9 @@
 //!
 //! QEMU's emulation changes a flag word of its *first* CPU from whichever CPU
 //! executes FXRSTOR, FRSTOR or FLDENV (`cpu_clear_ignne`), and not atomically. The
-//! same word says whether that CPU is in a guest, with nested paging. So as another
-//! CPU switches tasks, a guest on the first one may find itself without nested
-//! paging, or its host with it: the guest is lost. On the other CPUs it is safe.
+//! same word says whether that CPU is in a guest, with nested paging. An update lost
+//! so would leave a guest without nested paging, or its host with it, which is what
+//! traces of lost guests show; that it is the cause is inferred (`docs/lab.md`).
 
 use std::ffi::OsString;
 use std::io;

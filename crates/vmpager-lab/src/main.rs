@@ -1,7 +1,8 @@
 //! The lab's program, one static binary in several roles: the init of the
 //! emulated machine, which runs the tests; the init of the Linux guests that
 //! the tests start; a runner of the same tests on a machine's own KVM; one test,
-//! in a process of its own; and what starts guests where they are safe. `docs/lab.md` tells how it all goes together.
+//! in a process of its own; and what starts guests where they are safe.
+//! `docs/lab.md` tells how it all goes together.
 //!
 //! | module | what lives there |
 //! |---|---|
