@@ -8,6 +8,7 @@
 //! | module | what it decides |
 //! |---|---|
 //! | [`addr`] | what an address, a page and a range are |
+//! | [`convert`] | which pages are private to the guest, and how they become shared |
 //! | [`queue`] | the faults of those who cannot exit and have no userfaultfd |
 //! | [`slot`] | which slot and page an address belongs to |
 //! | [`installer`] | what a thread that installs pages by itself asks for |
@@ -20,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod convert;
 pub mod engine;
 pub mod installer;
 pub mod page_map;

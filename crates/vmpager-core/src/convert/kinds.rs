@@ -1,0 +1,289 @@
+//! The kind of every page.
+
+use std::ops::Range;
+
+use super::conversion::Parts;
+use super::{Contents, Conversion, Kind, Outcome, PAGE_BYTES, Refusal, Request};
+
+/// Where the memory of the two kinds is, which decides what a conversion takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Places {
+    /// Each kind has memory of its own, and nothing is moved between them
+    /// (guest_memfd beside ordinary memory).
+    Two,
+    /// Pages stay where they are; only who can reach them changes.
+    One,
+}
+
+/// The memslots whose pages can be converted, in order of their addresses.
+#[derive(Clone, Debug)]
+pub struct Slots {
+    /// Page numbers.
+    slots: Vec<Range<u64>>,
+}
+
+/// Why memslots cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SlotError {
+    /// One is no whole pages, empty, or beyond the last address.
+    #[error(transparent)]
+    Range(#[from] Refusal),
+    /// Two have the same address.
+    #[error("two memslots have gpa {gpa:#x}; use each address once")]
+    Overlap {
+        /// The first address they share.
+        gpa: u64,
+    },
+}
+
+impl Slots {
+    /// Slots of these guest-physical addresses and bytes, in any order.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError`] if they are no whole pages or overlap.
+    pub fn new(slots: impl IntoIterator<Item = (u64, u64)>) -> Result<Self, SlotError> {
+        let pages = |(gpa, len)| Request { gpa, len, to: Kind::Private }.pages();
+        let mut slots = slots.into_iter().map(pages).collect::<Result<Vec<_>, _>>()?;
+        slots.sort_unstable_by_key(|slot| slot.start);
+        let overlap = slots.iter().zip(slots.iter().skip(1)).find(|(a, b)| a.end > b.start);
+        match overlap {
+            Some((_, b)) => Err(SlotError::Overlap { gpa: b.start * PAGE_BYTES }),
+            None => Ok(Self { slots }),
+        }
+    }
+
+    fn count(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.end - slot.start).sum()
+    }
+
+    /// How many pages of slots are before this one, if that is in one.
+    fn index(&self, page: u64) -> Option<u64> {
+        let mut before = 0;
+        for slot in &self.slots {
+            if slot.contains(&page) {
+                return Some(before + (page - slot.start));
+            }
+            before += slot.end - slot.start;
+        }
+        None
+    }
+
+    /// Whether all of these pages are in slots, with no gap.
+    fn contain(&self, pages: &Range<u64>) -> bool {
+        let mut at = pages.start;
+        for slot in &self.slots {
+            if slot.contains(&at) {
+                at = slot.end;
+            }
+            if at >= pages.end {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The range, cut where slots end.
+    fn cut(&self, pages: &Range<u64>) -> Vec<Range<u64>> {
+        let within = |slot: &Range<u64>| pages.start.max(slot.start)..pages.end.min(slot.end);
+        self.slots.iter().map(within).filter(|piece| !piece.is_empty()).collect()
+    }
+}
+
+/// What begins when a conversion is asked for.
+#[derive(Debug)]
+pub enum Begin {
+    /// All of its pages have that kind: it is over.
+    Nothing,
+    /// Some of its pages are being converted: ask again when that is over.
+    Busy,
+    /// It begins, and must be [finished](Kinds::finish).
+    Start(Box<Conversion>),
+}
+
+/// What a vCPU's fault comes from, which accessed a page as one of a kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultAnswer {
+    /// No page that can be converted.
+    Outside,
+    /// It is being converted: enter the guest again.
+    Busy,
+    /// It is of that kind. If it is not missing either, enter the guest again.
+    Matches,
+    /// It is of the other kind.
+    Mismatch,
+    /// No conversion could open it: nobody can have it.
+    Closed,
+}
+
+/// The kind of every page, and which are being converted.
+#[derive(Debug)]
+pub struct Kinds {
+    slots: Slots,
+    places: Places,
+    private: Bits,
+    /// Pages that nobody can reach.
+    closed: Bits,
+    /// Pages for which there may be something in memory of the other kind.
+    stale: Bits,
+    busy: Vec<Range<u64>>,
+}
+
+impl Kinds {
+    /// All pages of one kind.
+    pub fn new(slots: Slots, places: Places, kind: Kind) -> Self {
+        let count = slots.count();
+        let mut private = Bits::new(count);
+        if kind == Kind::Private {
+            private.set(0..count, true);
+        }
+        let (closed, stale) = (Bits::new(count), Bits::new(count));
+        Self { slots, places, private, closed, stale, busy: Vec::new() }
+    }
+
+    /// Whether contents can be kept.
+    pub fn can(&self, contents: Contents) -> bool {
+        contents == Contents::Zero || self.places == Places::One
+    }
+
+    /// A page's kind; `None` if it cannot be converted.
+    pub fn kind(&self, page: u64) -> Option<Kind> {
+        let index = self.slots.index(page)?;
+        Some(if self.private.get(index) { Kind::Private } else { Kind::Shared })
+    }
+
+    /// Whether nobody can reach a page.
+    pub fn is_closed(&self, page: u64) -> bool {
+        self.slots.index(page).is_some_and(|index| self.closed.get(index))
+    }
+
+    /// The runs of private pages, by number, cut where slots end.
+    pub fn private_runs(&self) -> Vec<Range<u64>> {
+        let slots = self.slots.slots.iter();
+        slots.flat_map(|slot| self.runs(slot, |index| self.private.get(index))).collect()
+    }
+
+    /// Begins a conversion. `Preserve` is for kinds that [can](Self::can).
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal`], and nothing has changed.
+    pub fn begin(&mut self, request: &Request, contents: Contents) -> Result<Begin, Refusal> {
+        let pages = request.pages()?;
+        if !self.slots.contain(&pages) {
+            return Err(Refusal::Outside { gpa: request.gpa, len: request.len });
+        }
+        if self.is_busy(&pages) {
+            return Ok(Begin::Busy);
+        }
+        let wanted = request.to == Kind::Private;
+        let slots = self.slots.cut(&pages);
+        let runs = |is: &dyn Fn(u64) -> bool| -> Vec<_> {
+            slots.iter().flat_map(|slot| self.runs(slot, is)).collect()
+        };
+        let differs = |index| self.private.get(index) != wanted;
+        let parts = Parts {
+            pieces: runs(&differs),
+            repairs: runs(&|index| !differs(index) && self.closed.get(index)),
+            stale: runs(&|index| differs(index) && self.stale.get(index)),
+        };
+        if parts.pieces.is_empty() && parts.repairs.is_empty() {
+            return Ok(Begin::Nothing);
+        }
+        self.busy.push(pages.clone());
+        let in_place = self.places == Places::One;
+        Ok(Begin::Start(Box::new(Conversion::new(pages, request.to, contents, in_place, parts))))
+    }
+
+    /// Ends a conversion that is over.
+    pub fn finish(&mut self, mut conversion: Box<Conversion>) -> Outcome {
+        if let Some(at) = self.busy.iter().position(|busy| *busy == conversion.pages) {
+            self.busy.swap_remove(at);
+        }
+        for run in std::mem::take(&mut conversion.opened) {
+            self.closed.set(self.indices(&run), false);
+        }
+        let outcome = conversion.outcome();
+        for run in &outcome.converted {
+            let run = self.indices(run);
+            self.private.set(run.clone(), outcome.to == Kind::Private);
+            self.stale.set(run, false);
+        }
+        for run in &outcome.stale {
+            self.stale.set(self.indices(run), true);
+        }
+        for run in &outcome.closed {
+            self.closed.set(self.indices(run), true);
+        }
+        outcome
+    }
+
+    /// What a vCPU's fault comes from, which accessed this page as one of that
+    /// kind.
+    pub fn on_fault(&self, page: u64, accessed_as: Kind) -> FaultAnswer {
+        let Some(kind) = self.kind(page) else { return FaultAnswer::Outside };
+        if self.is_busy(&(page..page + 1)) {
+            FaultAnswer::Busy
+        } else if self.is_closed(page) {
+            FaultAnswer::Closed
+        } else if kind == accessed_as {
+            FaultAnswer::Matches
+        } else {
+            FaultAnswer::Mismatch
+        }
+    }
+
+    fn is_busy(&self, pages: &Range<u64>) -> bool {
+        self.busy.iter().any(|busy| busy.start < pages.end && pages.start < busy.end)
+    }
+
+    fn indices(&self, pages: &Range<u64>) -> Range<u64> {
+        let first = self.slots.index(pages.start).unwrap_or(0);
+        first..first + (pages.end - pages.start)
+    }
+
+    /// The longest runs of pages in a range, which lies in one slot, of whose
+    /// index that is true.
+    fn runs(&self, pages: &Range<u64>, is: impl Fn(u64) -> bool) -> Vec<Range<u64>> {
+        let first = self.indices(pages).start;
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for page in pages.clone() {
+            if !is(first + (page - pages.start)) {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(run) if run.end == page => run.end += 1,
+                _ => runs.push(page..page + 1),
+            }
+        }
+        runs
+    }
+}
+
+/// A bit for each page.
+#[derive(Debug)]
+struct Bits(Vec<u64>);
+
+impl Bits {
+    fn new(count: u64) -> Self {
+        let words = usize::try_from(count.div_ceil(64)).unwrap_or(usize::MAX);
+        Self(vec![0; words])
+    }
+
+    fn get(&self, index: u64) -> bool {
+        let (word, bit) = place(index);
+        self.0.get(word).is_some_and(|word| word & bit != 0)
+    }
+
+    fn set(&mut self, indices: Range<u64>, to: bool) {
+        for (word, bit) in indices.map(place) {
+            if let Some(word) = self.0.get_mut(word) {
+                *word = if to { *word | bit } else { *word & !bit };
+            }
+        }
+    }
+}
+
+fn place(index: u64) -> (usize, u64) {
+    (usize::try_from(index / 64).unwrap_or(usize::MAX), 1 << (index % 64))
+}
