@@ -43,6 +43,11 @@ pub(crate) struct ServeArgs {
     /// Bring in all memory while the VM runs, then detach from it.
     #[arg(long)]
     background_fill: bool,
+    /// Make huge pages of 2 MiB that are in place, in the VM's process: its guest
+    /// then pays for 2 MiB once, not for every page. Takes the pager 0.5 ms
+    /// each, and the right to trace the VMM and CAP_SYS_NICE.
+    #[arg(long)]
+    collapse: bool,
     /// What to bring in beside a page that was touched.
     #[arg(long, value_enum, default_value_t = Prefetch::Adaptive)]
     prefetch: Prefetch,
@@ -109,8 +114,11 @@ const MAX_BUFFERED: usize = 4 << 20;
 
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let mut config = DaemonConfig::new(&args.socket, open(args)?);
-    config.options =
-        ServeOptions { background_fill: args.background_fill, neighbours: args.prefetch.into() };
+    config.options = ServeOptions {
+        background_fill: args.background_fill,
+        huge_pages: args.collapse,
+        neighbours: args.prefetch.into(),
+    };
     config.workers = workers(args);
     config.partial = args.partial;
     config.once = args.once;

@@ -18,6 +18,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::addr::{ByteRange, Hva, PageRun, PageSize};
+use crate::huge::HugePieces;
 use crate::page_map::{Content, PageMap, Words};
 use crate::pages::Pages;
 use crate::prefetch::{FillPace, NeighbourPolicy, Neighbours};
@@ -87,6 +88,8 @@ pub struct Engine<W> {
     pace: FillPace,
     /// No page below this is `Source`, or a hole whose turn has not come.
     cursor: u64,
+    /// Where pages arrived, if huge pages are to be made of them.
+    huge: Option<HugePieces>,
 }
 
 /// The most windows kept: half as many as faults are read at a time. Faults
@@ -107,7 +110,26 @@ impl<W: Words> Engine<W> {
             windows: VecDeque::new(),
             pace: FillPace::new(),
             cursor: 0,
+            huge: None,
         }
+    }
+
+    /// From now on, [`next_whole_piece`](Self::next_whole_piece) tells of 2 MiB
+    /// that have become whole.
+    pub fn watch_for_whole_pieces(&mut self) {
+        self.huge.get_or_insert_with(|| HugePieces::new(self.pages.map().pages()));
+    }
+
+    /// The next 2 MiB, as the host's page tables cut them, all pages of which
+    /// are in place.
+    pub fn next_whole_piece(&mut self) -> Option<PageRun> {
+        self.huge.as_mut()?.next_whole(self.pages.map())
+    }
+
+    /// Whether pages arrived that [`next_whole_piece`](Self::next_whole_piece)
+    /// has not looked at.
+    pub fn may_have_whole_pieces(&self) -> bool {
+        self.huge.as_ref().is_some_and(|huge| !huge.is_empty())
     }
 
     /// The slots served.
@@ -258,6 +280,9 @@ impl<W: Words> Engine<W> {
     /// Pages have their contents.
     pub fn installed(&mut self, run: PageRun) {
         self.pages.installed(run);
+        if let Some(huge) = &mut self.huge {
+            huge.arrived(self.pages.slots(), run);
+        }
     }
 
     /// Claimed pages could not be installed this time; they will be asked for

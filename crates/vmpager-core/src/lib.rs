@@ -15,6 +15,7 @@
 //! | [`page_map`] | what state a page is in, for every thread and process that looks |
 //! | [`pages`] | what all who install share |
 //! | [`present`] | what other processes read of the page map |
+//! | [`huge`] | which 2 MiB to make huge pages of |
 //! | [`prefetch`] | how much to bring in beside a demanded page, and what to fill next |
 //! | [`engine`] | what to do about a fault, a removal, a finished read |
 //! | [`source`] | how page contents are asked for |
@@ -23,6 +24,7 @@
 pub mod addr;
 pub mod convert;
 pub mod engine;
+pub mod huge;
 pub mod installer;
 pub mod page_map;
 pub mod pages;

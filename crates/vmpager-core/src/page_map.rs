@@ -216,6 +216,12 @@ impl<W: Words> PageMap<W> {
         self.present_bits(page / 64) >> (page % 64) & 1 == 1
     }
 
+    /// Whether all pages of a run are.
+    pub fn are_present(&self, run: PageRun) -> bool {
+        present_masks(run)
+            .all(|(word, mask)| self.absent_word(word).load(Ordering::Acquire) & mask == 0)
+    }
+
     /// Where a page's bytes come from.
     pub fn content(&self, page: u64) -> Content {
         debug_assert!(page < self.pages);

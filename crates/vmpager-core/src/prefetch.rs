@@ -3,8 +3,8 @@
 //! A page costs a fraction of a fault: most of a fault is the way to the pager
 //! and back. [`Neighbours`] therefore widens the install around a fault, but
 //! only where the guest has shown interest, so that a VM that touches little
-//! stays small: `n` faults in 2 MiB bring in fewer than 2^n pages there, and
-//! none elsewhere. [`FillPace`] sizes the pieces of the background fill so that
+//! stays small: up to seven faults in 2 MiB, `n` of them bring in fewer than 2^n
+//! pages there, and none elsewhere; the eighth brings in the rest. [`FillPace`] sizes the pieces of the background fill so that
 //! a demand fault never waits long behind one.
 
 use crate::addr::PageRun;
@@ -14,13 +14,18 @@ use crate::addr::PageRun;
 const REGION_SHIFT: u8 = 9;
 const REGION_PAGES: u64 = 1 << REGION_SHIFT;
 
+/// log2 of the last window that is not the whole region. Most pages of a larger
+/// one would be in place already: for touches all over a region, windows of 128
+/// and 256 pages are two more faults than one of 512, and bring the same.
+const LAST_WINDOW_SHIFT: u8 = 6;
+
 /// Which pages to install along with a demanded one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NeighbourPolicy {
     /// The demanded page alone.
     Off,
     /// A window that starts at `first_window` pages and doubles with every
-    /// further fault in the same 2 MiB, up to all of it.
+    /// further fault in the same 2 MiB, up to 64 pages; then all of it.
     Adaptive {
         /// log2 of the window of a region's first fault, in pages.
         first_window_shift: u8,
@@ -64,7 +69,7 @@ impl Neighbours {
         let region = usize::try_from(page / REGION_PAGES).unwrap_or(usize::MAX);
         let Some(shift) = self.shifts.get_mut(region) else { return PageRun::new(page, 1) };
         let size = 1_u64 << *shift;
-        *shift = (*shift + 1).min(REGION_SHIFT);
+        *shift = if *shift < LAST_WINDOW_SHIFT { *shift + 1 } else { REGION_SHIFT };
         let first = (page & !(size - 1)).max(bounds.first);
         let end = ((page | (size - 1)) + 1).min(bounds.end());
         PageRun::new(first, end - first)

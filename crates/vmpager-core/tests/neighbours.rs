@@ -65,17 +65,17 @@ fn shuffled(count: u64, mut seed: u64) -> Vec<u64> {
     pages
 }
 
-/// Ten faults bring in 2 MiB: windows of 1, 2, 4, ... 512 pages, whatever
+/// Eight faults bring in 2 MiB: windows of 1, 2, 4, ... 64, 512 pages, whatever
 /// lies in place within them, and whether it comes from the source or is zero.
 #[test]
-fn a_guest_that_touches_all_at_random_takes_ten_faults_per_2_mib() {
+fn a_guest_that_touches_all_at_random_takes_eight_faults_per_2_mib() {
     for (holes, of) in [(0, REGION), (1, 4), (20, 60), (300, REGION)] {
         let mut guest = Guest::new(20).with_holes(holes, of);
         for page in shuffled(guest.pages(), 7) {
             guest.touch(page);
         }
         assert_eq!(guest.engine.map().count_present(), guest.pages());
-        assert!(guest.faults <= 20 * 10, "{} faults, {holes} holes in {of}", guest.faults);
+        assert!(guest.faults <= 20 * 8, "{} faults, {holes} holes in {of}", guest.faults);
     }
 }
 
@@ -89,8 +89,8 @@ fn a_guest_that_touches_one_page_per_2_mib_gets_no_more() {
     assert_eq!((guest.faults, guest.engine.map().count_present()), (200, 200));
 }
 
-/// The bound: `n` faults in 2 MiB bring in fewer than 2 to the power of `n`
-/// pages there.
+/// The bound: up to seven faults in 2 MiB, `n` of them bring in fewer than 2 to
+/// the power of `n` pages there.
 #[test]
 fn memory_grows_with_the_faults_of_its_2_mib_alone() {
     let mut guest = Guest::new(50);
@@ -102,7 +102,8 @@ fn memory_grows_with_the_faults_of_its_2_mib_alone() {
         for (region, faults) in (0..).zip(&touches) {
             let pages = region * REGION..(region + 1) * REGION;
             let present = pages.filter(|&p| guest.engine.map().is_present(p)).count() as u64;
-            assert!(present < 1 << faults, "{present} pages after {faults} faults");
+            let most = if *faults < 8 { (1 << faults) - 1 } else { REGION };
+            assert!(present <= most, "{present} pages after {faults} faults");
         }
     }
     assert!(touches.iter().any(|&faults| faults > 5), "{touches:?}");

@@ -23,10 +23,11 @@ fn off_is_one_page_however_often() {
 }
 
 #[test]
-fn windows_double_up_to_their_2_mib() {
-    let expected = vec![1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 512, 512];
-    assert_eq!(sizes(&mut adaptive(0), 600, 12), expected);
-    assert_eq!(sizes(&mut adaptive(4), 600, 7), [16, 32, 64, 128, 256, 512, 512]);
+fn windows_double_up_to_64_pages_then_are_their_2_mib() {
+    let expected = vec![1, 2, 4, 8, 16, 32, 64, 512, 512];
+    assert_eq!(sizes(&mut adaptive(0), 600, 9), expected);
+    assert_eq!(sizes(&mut adaptive(4), 600, 5), [16, 32, 64, 512, 512]);
+    assert_eq!(sizes(&mut adaptive(8), 600, 2), [256, 512]);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`uffd`] | userfaultfd(2): create, adopt, register, install, wake, read |
 //! | [`memory`] | mappings of guest memory: anonymous, hugetlb, file, memfd |
+//! | [`collapse`] | huge pages for memory that is in place, also of another process |
 //! | [`memfd`] | sealed memfds, to share memory by descriptor |
 //! | [`futex`] | sleeping on a word that processes share |
 //! | [`shared`] | words of memory shared between processes through a memfd |
@@ -14,6 +15,7 @@
 //! | [`peer`] | unix sockets with descriptors, pidfds, what a descriptor is |
 //! | [`probe`] | what this kernel and this user can do |
 
+pub mod collapse;
 pub mod file_map;
 pub mod futex;
 pub mod memfd;

@@ -68,6 +68,35 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Private anonymous memory, aligned to 2 MiB, for a pager to fill and to
+    /// make huge pages of. Absent pages arrive one by one all the same: a
+    /// userfaultfd keeps the kernel from making larger ones.
+    ///
+    /// # Errors
+    ///
+    /// If there is no address space left for it.
+    pub fn for_pager(len: usize) -> io::Result<Self> {
+        const HUGE: usize = 2 << 20;
+        let wider = len.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        let wider = Self::map_anonymous(wider, MapFlags::PRIVATE | MapFlags::NORESERVE)?;
+        let start = wider.base.as_ptr().align_offset(HUGE);
+        wider.cut_to(start..start + len)
+    }
+
+    /// Keeps a part of the mapping, page-aligned, and unmaps the rest.
+    fn cut_to(self, part: Range<usize>) -> io::Result<Self> {
+        let keep = Self::owning(self.at(part.start, part.len()).cast(), part.len())?;
+        for rest in [0..part.start, part.end..self.len] {
+            if !rest.is_empty() {
+                let at = self.at(rest.start, rest.len());
+                // SAFETY: a part of this mapping, which nobody has got hold of.
+                unsafe { mm::munmap(at.cast(), rest.len()) }?;
+            }
+        }
+        std::mem::forget(self);
+        Ok(keep)
+    }
+
     /// Private anonymous memory in hugetlb pages of 2 MiB. Not reserved: with
     /// an empty pool, touching it fails rather than making it.
     ///

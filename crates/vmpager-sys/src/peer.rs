@@ -100,6 +100,15 @@ impl Peer {
     }
 }
 
+/// A pidfd of this process.
+///
+/// # Errors
+///
+/// If no descriptor is left.
+pub fn own_pidfd() -> io::Result<OwnedFd> {
+    Ok(pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?)
+}
+
 fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const SO_PEERPIDFD: libc::c_int = 77;
     let mut fd: libc::c_int = -1;

@@ -87,7 +87,7 @@ impl GuestMemory {
             }
             RestoreMemory::OnDemand { socket, huge_pages } => {
                 let mapping =
-                    if huge_pages { Mapping::hugetlb_2m(len) } else { Mapping::anonymous(len) };
+                    if huge_pages { Mapping::hugetlb_2m(len) } else { Mapping::for_pager(len) };
                 let mapping = Arc::new(mapping.map_err(cannot_map)?);
                 let (connection, uffd) = hand_over(&mapping, &socket, huge_pages)?;
                 Ok(Self::new(mapping, slots)

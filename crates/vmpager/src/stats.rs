@@ -46,6 +46,7 @@ pub(crate) struct Counters {
     pub(crate) pages_zero: u64,
     pub(crate) pages_removed: u64,
     pub(crate) pages_poisoned: u64,
+    pub(crate) pages_huge: u64,
     pub(crate) bytes_read: u64,
     pub(crate) fill_took: Option<Duration>,
     /// From the moment a fault was read to its page's install, in ns.
@@ -70,6 +71,7 @@ impl Counters {
             pages_zero: 0,
             pages_removed: 0,
             pages_poisoned: 0,
+            pages_huge: 0,
             bytes_read: 0,
             fill_took: None,
             stalls: stalls.expect("the bounds are in order"),
@@ -125,6 +127,9 @@ pub struct SessionSummary {
     pub pages_removed: u64,
     /// Pages that could not be had.
     pub pages_poisoned: u64,
+    /// Base pages that lie in huge pages made of them.
+    #[serde(default)]
+    pub pages_huge: u64,
     /// Pages whose bytes were still to come at the end.
     pub pages_missing: u64,
     /// Bytes taken from the source.
@@ -171,6 +176,7 @@ impl Tally {
         to.pages_zero += from.pages_zero;
         to.pages_removed += from.pages_removed;
         to.pages_poisoned += from.pages_poisoned;
+        to.pages_huge += from.pages_huge;
         to.bytes_read += from.bytes_read;
         to.fill_took = to.fill_took.max(from.fill_took);
         to.stalls.add(&from.stalls).expect("all histograms have the same bounds");
@@ -205,6 +211,7 @@ impl Tally {
             pages_zero: totals.pages_zero,
             pages_removed: totals.pages_removed,
             pages_poisoned: totals.pages_poisoned,
+            pages_huge: totals.pages_huge,
             pages_missing: self.pages_missing,
             bytes_read: totals.bytes_read,
             stall_p50_us: micros(totals.stalls.value_at_quantile(0.5)),

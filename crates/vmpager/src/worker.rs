@@ -5,6 +5,7 @@
 //! Workers share nothing, so that serving a fault takes no lock and no handoff.
 //! A memory belongs to one worker for life.
 
+mod background;
 mod sharing;
 
 use std::collections::HashMap;
@@ -21,8 +22,8 @@ use vmpager_core::{PageRun, PageSource, SourceError};
 pub(crate) use self::sharing::Sharing;
 use crate::placement::Placement;
 use crate::polling::Polling;
-use crate::reads::{MemoryId, Read, Reads};
-use crate::served::{Filled, Lost, Served};
+use crate::reads::{MemoryId, Reads};
+use crate::served::{Lost, Served};
 use crate::shared::Shared;
 use crate::stats::{EndReason, MemoryNumbers};
 
@@ -265,12 +266,13 @@ impl Worker {
                     continue;
                 }
                 Work::Served | Work::Filled => Some(Duration::ZERO),
-                Work::None if self.keep_looking() => Some(Duration::ZERO),
+                Work::None if self.keep_looking() || self.make_huge() => Some(Duration::ZERO),
                 Work::None => {
                     self.hot.clear();
                     let retries = self.memories.values().filter_map(Served::retry_at);
+                    let huge = self.memories.values().filter_map(Served::huge_at);
                     let stop = self.stopping.as_ref().map(|(until, _)| *until);
-                    due = due.into_iter().chain(retries).chain(stop).min();
+                    due = due.into_iter().chain(retries).chain(huge).chain(stop).min();
                     match due.map(|at| at.saturating_duration_since(Instant::now())) {
                         Some(pause) if pause < SHORT => {
                             // epoll would sleep for a whole millisecond.
@@ -432,88 +434,6 @@ impl Worker {
         }
         self.memories.insert(id, memory);
         self.hot.push(id);
-    }
-
-    fn complete_reads(&mut self) {
-        let Self { reads, memories, .. } = self;
-        let mut failed: Vec<(Read, SourceError)> = Vec::new();
-        let mut put_off = Vec::new();
-        let mut lost = Vec::new();
-        reads.complete(|read, result| {
-            let Some(memory) = memories.get_mut(&read.memory) else { return };
-            match result {
-                Ok(data) if data.len() as u64 == read.range.len => {
-                    let mut left = Vec::new();
-                    if let Err(why) = memory.read_done(read, data, &mut left) {
-                        lost.push((read.memory, why));
-                    }
-                    put_off.extend(left.into_iter().map(|left| (read.memory, left)));
-                }
-                Ok(data) => {
-                    // A reader that breaks its contract must not be believed.
-                    let error = io::Error::other(format!("{} bytes came", data.len()));
-                    let name = Arc::from("the source");
-                    let error = Arc::new(error);
-                    failed.push((read, SourceError::Io { name, range: read.range, error }));
-                }
-                Err(error) => failed.push((read, error)),
-            }
-        });
-        for (id, left) in put_off {
-            if let Some(memory) = memories.get_mut(&id)
-                && let Err(why) = memory.put_off(left, reads)
-            {
-                lost.push((id, why));
-            }
-        }
-        for (read, error) in failed {
-            if let Some(memory) = memories.get_mut(&read.memory)
-                && let Err(why) = memory.read_failed(read, &error, reads)
-            {
-                lost.push((read.memory, why));
-            }
-        }
-        for (id, why) in lost {
-            self.lose(id, why);
-        }
-    }
-
-    /// One step of the background fill, for the memory whose turn it is.
-    fn fill(&mut self) -> bool {
-        if !self.filling.is_empty() {
-            self.placement.make_room();
-        }
-        for _ in 0..self.filling.len() {
-            self.fill_turn = (self.fill_turn + 1) % self.filling.len();
-            let id = self.filling[self.fill_turn];
-            let Some(memory) = self.memories.get_mut(&id) else { continue };
-            if std::mem::take(&mut self.demanded) {
-                memory.others_wait();
-            }
-            match memory.fill(&mut self.reads) {
-                Ok(Filled::Some) => return true,
-                Ok(Filled::Wait) => {}
-                // The list has changed: go round again.
-                Ok(Filled::All) => {
-                    self.end_filled(id);
-                    return true;
-                }
-                Err(lost) => {
-                    self.lose(id, lost);
-                    return true;
-                }
-            }
-        }
-        false
-    }
-
-    fn end_filled(&mut self, id: MemoryId) {
-        if let Some(mut memory) = self.forget(id) {
-            memory.detach();
-            let numbers = Box::new(memory.numbers());
-            let reason = EndReason::Filled;
-            self.tell(Event::Ended { memory: id, reason, numbers, held: None });
-        }
     }
 
     fn lose(&mut self, id: MemoryId, lost: Lost) {

@@ -338,7 +338,13 @@ impl Daemon {
         let (uffd, slots, words) = connection.check(offer, source, self.config.partial)?;
         let memory = MemoryId(self.next_memory);
         let memory_bytes = slots.bytes();
-        let served = Served::new(memory, uffd, slots, words, source, &self.config.options);
+        let mut served = Served::new(memory, uffd, slots, words, source, &self.config.options);
+        if let (true, Some(pidfd)) = (self.config.options.huge_pages, connection.pidfd()) {
+            match pidfd.try_clone_to_owned() {
+                Ok(process) => served = served.making_huge_pages(process),
+                Err(error) => warn!("no huge pages: {error}"),
+            }
+        }
         self.next_memory += 1;
         self.memories.insert(memory, (id, worker));
         connection.add_memory(memory);

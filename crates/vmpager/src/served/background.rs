@@ -195,8 +195,10 @@ impl Served {
                     run
                 }
                 FillPlan::Complete if self.may_detach() && done == 0 => {
-                    self.counters.fill_took = Some(self.counters.started.elapsed());
-                    return Ok(Filled::All);
+                    let took = self.counters.started.elapsed();
+                    self.counters.fill_took.get_or_insert(took);
+                    let huge = self.huge_at().is_some();
+                    return Ok(if huge { Filled::Wait } else { Filled::All });
                 }
                 FillPlan::Wait | FillPlan::Complete => break,
             };

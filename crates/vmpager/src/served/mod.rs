@@ -16,6 +16,7 @@
 //!   (2, 4).
 
 mod background;
+mod huge;
 mod install;
 mod outside;
 
@@ -50,6 +51,8 @@ use crate::stats::{Counters, MemoryNumbers};
 pub struct ServeOptions {
     /// Bring in all pages, not only those asked for, then let go of the memory.
     pub background_fill: bool,
+    /// Make huge pages of 2 MiB of base pages that are in place.
+    pub huge_pages: bool,
     /// What to install along with a demanded page.
     pub neighbours: NeighbourPolicy,
 }
@@ -112,6 +115,8 @@ pub(crate) struct Served {
     shared: Option<Arc<Shared>>,
     /// Other processes.
     outside: Outside,
+    /// Who has huge pages made, if they are.
+    huge: Option<huge::Huge>,
 }
 
 /// What has been said once and need not be said for every page.
@@ -154,6 +159,7 @@ impl Served {
             asleep: None,
             shared: None,
             outside: Outside::default(),
+            huge: None,
         }
     }
 
@@ -222,6 +228,7 @@ impl Served {
 
     fn serve_faults(&mut self, reads: &mut Reads) -> Result<(), Lost> {
         let since = Instant::now();
+        self.not_quiet(since);
         // With reads in flight, their waiters would be woken along, in vain.
         let together = self.faults.len() >= MANY && reads.is_idle();
         while !self.faults.is_empty() {

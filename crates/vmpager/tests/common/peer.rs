@@ -87,7 +87,7 @@ impl Memory {
             let len = count * page_size;
             let mapping = match page_size {
                 HUGE => Mapping::hugetlb_2m(len).unwrap(),
-                _ => Mapping::anonymous(len).unwrap(),
+                _ => Mapping::for_pager(len).unwrap(),
             };
             let mapping = Arc::new(mapping);
             uffd.register_missing(&GuestRange::of_mapping(&mapping)).unwrap();

@@ -1,0 +1,106 @@
+//! What a worker does for those who wait for a read, and for nobody.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use vmpager_core::SourceError;
+
+use super::{Event, Worker};
+use crate::reads::{MemoryId, Read};
+use crate::served::{Filled, Served};
+use crate::stats::EndReason;
+
+impl Worker {
+    pub(super) fn complete_reads(&mut self) {
+        let Self { reads, memories, .. } = self;
+        let mut failed: Vec<(Read, SourceError)> = Vec::new();
+        let mut put_off = Vec::new();
+        let mut lost = Vec::new();
+        reads.complete(|read, result| {
+            let Some(memory) = memories.get_mut(&read.memory) else { return };
+            match result {
+                Ok(data) if data.len() as u64 == read.range.len => {
+                    let mut left = Vec::new();
+                    if let Err(why) = memory.read_done(read, data, &mut left) {
+                        lost.push((read.memory, why));
+                    }
+                    put_off.extend(left.into_iter().map(|left| (read.memory, left)));
+                }
+                Ok(data) => {
+                    // A reader that breaks its contract must not be believed.
+                    let error = io::Error::other(format!("{} bytes came", data.len()));
+                    let name = Arc::from("the source");
+                    let error = Arc::new(error);
+                    failed.push((read, SourceError::Io { name, range: read.range, error }));
+                }
+                Err(error) => failed.push((read, error)),
+            }
+        });
+        for (id, left) in put_off {
+            if let Some(memory) = memories.get_mut(&id)
+                && let Err(why) = memory.put_off(left, reads)
+            {
+                lost.push((id, why));
+            }
+        }
+        for (read, error) in failed {
+            if let Some(memory) = memories.get_mut(&read.memory)
+                && let Err(why) = memory.read_failed(read, &error, reads)
+            {
+                lost.push((read.memory, why));
+            }
+        }
+        for (id, why) in lost {
+            self.lose(id, why);
+        }
+    }
+
+    /// One step of the background fill, for the memory whose turn it is.
+    pub(super) fn fill(&mut self) -> bool {
+        if !self.filling.is_empty() {
+            self.placement.make_room();
+        }
+        for _ in 0..self.filling.len() {
+            self.fill_turn = (self.fill_turn + 1) % self.filling.len();
+            let id = self.filling[self.fill_turn];
+            let Some(memory) = self.memories.get_mut(&id) else { continue };
+            if std::mem::take(&mut self.demanded) {
+                memory.others_wait();
+            }
+            match memory.fill(&mut self.reads) {
+                Ok(Filled::Some) => return true,
+                Ok(Filled::Wait) => {}
+                // The list has changed: go round again.
+                Ok(Filled::All) => {
+                    self.end_filled(id);
+                    return true;
+                }
+                Err(lost) => {
+                    self.lose(id, lost);
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// Makes one huge page of what is in place, if it is time for that.
+    pub(super) fn make_huge(&mut self) -> bool {
+        if self.stopping.is_some() {
+            return false;
+        }
+        let now = Instant::now();
+        let due = |memory: &Served| memory.huge_at().is_some_and(|at| at <= now);
+        self.memories.values_mut().any(|memory| due(memory) && memory.make_huge())
+    }
+
+    fn end_filled(&mut self, id: MemoryId) {
+        if let Some(mut memory) = self.forget(id) {
+            memory.detach();
+            let numbers = Box::new(memory.numbers());
+            let reason = EndReason::Filled;
+            self.tell(Event::Ended { memory: id, reason, numbers, held: None });
+        }
+    }
+}
