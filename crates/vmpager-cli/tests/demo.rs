@@ -112,6 +112,48 @@ fn bench_fault_has_the_keys_it_promises() {
 }
 
 #[test]
+fn bench_exit_has_the_keys_it_promises() {
+    let kvm = match vmpager_kvm::probe::kvm() {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            vmpager_testing::skipped(&format!("no /dev/kvm ({error})"));
+            return;
+        }
+    };
+    let args = ["bench", "exit", "--memory", "4M", "--rounds", "1", "--json"];
+    let Some(report) = json(&args) else { return };
+    let is_positive = |value: &Value| value.as_f64().is_some_and(|number| number > 0.0);
+    assert!(is_positive(&report["exit_us"]), "{report:#}");
+    for key in ["exit_us", "uffd_us", "measured_in_ms"] {
+        assert!(is_positive(&report["auto"][key]), "{key}: {report:#}");
+    }
+    let share = report["auto"]["exit_share"].as_f64().unwrap();
+    assert!((0.0..=1.0).contains(&share), "{share}");
+    let rows = report["rows"].as_array().unwrap();
+    let cells: Vec<_> = rows.iter().map(|row| (&row["lapic"], &row["vcpus"])).collect();
+    assert_eq!(cells.len(), if kvm.irqchip { 8 } else { 4 }, "{cells:?}");
+    for row in rows {
+        for key in [
+            "uffd_kfaults_s",
+            "oracle_kfaults_s",
+            "view_kfaults_s",
+            "auto_kfaults_s",
+            "ratio_view_uffd",
+            "ratio_view_oracle",
+            "ratio_auto_best",
+        ] {
+            assert!(is_positive(&row[key]), "{key}: {row}");
+        }
+        for key in
+            ["attributes_kfaults_s", "attributes_oracle_kfaults_s", "ratio_attributes_oracle"]
+        {
+            assert_eq!(is_positive(&row[key]), kvm.exact_memory_faults(), "{key}: {row}");
+        }
+        assert!(row["fallback_share"].as_f64().is_some(), "{row}");
+    }
+}
+
+#[test]
 fn bench_restore_compares_with_mmap_and_the_naive_handler() {
     let args = [
         "bench",

@@ -281,7 +281,7 @@ fn a_saved_vm_runs_on_in_every_way_and_more_than_once() {
     let mut modes = vec![&["--memory-mode", "eager"][..], &["--memory-mode", "mmap"]];
     let on_demand = ["--memory-mode", "on-demand", "--background-fill"];
     if has_userfaultfd() {
-        modes.extend([&on_demand[..2], &on_demand[..]]);
+        modes.extend([&on_demand[..2], &on_demand[..], &["--delivery", "auto"]]);
     }
     // All at once.
     let restored: Vec<_> = modes.iter().map(|mode| restore(&files, mode)).collect();
@@ -299,6 +299,8 @@ fn a_saved_vm_runs_on_in_every_way_and_more_than_once() {
     assert_eq!(text(&output.stdout), "Xk");
     let arguments: Vec<&str> =
         ["restore"].into_iter().chain(files.iter().map(String::as_str)).collect();
+    let error = failure(&[&arguments, &["--delivery=auto", "--exit-mechanism=view"][..]].concat());
+    assert!(error.contains("--exit-mechanism needs --delivery exit"), "{error}");
     for verified in
         [&["--memory-mode", "eager"][..], &["--memory-mode", "mmap", "--verify"], &["--verify"]]
     {

@@ -46,14 +46,18 @@
 //! | `state_file` | all of a saved VM but its memory, versioned and checked |
 //! | `pieces` | the checksums of a memory file |
 //! | `snapshot`, `restore` | state and memory files, and the ways back from them |
+//! | `costs` | which delivery of faults is the cheaper one here |
+//! | `bringer` | what a vCPU's thread brings pages by |
 //! | `vm` | the VM with the built-in guest |
 //! | `run` | vCPU threads of a Linux guest |
 //! | `linux_vm` | the VM with a Linux guest |
 
 #![deny(unsafe_code)]
 
+mod bringer;
 mod checksum;
 mod contents;
+mod costs;
 mod device;
 mod devices;
 mod error;
@@ -76,6 +80,7 @@ mod workload;
 
 pub use checksum::checksum;
 pub use contents::{Contents, Kind};
+pub use costs::DeliveryCosts;
 pub use devices::{ConsoleInput, GuestEnd};
 pub use error::VmError;
 pub use filling::Filling;

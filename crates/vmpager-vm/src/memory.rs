@@ -20,12 +20,13 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use vmpager::{Installer, Pager};
+use vmpager::Pager;
 use vmpager_kvm::exit::{ExitMemory, GpaRange, Mechanism};
 use vmpager_sys::memory::{Access, Mapping};
 use vmpager_sys::uffd::Userfaultfd;
 
 use crate::PAGE_SIZE;
+use crate::bringer::{Bringer, Oracle};
 use crate::device::to_usize;
 use crate::error::VmError;
 use crate::restore::Delivery;
@@ -82,7 +83,7 @@ pub(crate) struct GuestMemory {
 pub(crate) struct Exits {
     pub(crate) memory: Arc<ExitMemory>,
     /// One for each vCPU.
-    pub(crate) installers: Vec<Installer>,
+    pub(crate) bringers: Vec<Bringer>,
 }
 
 /// Who brings absent pages.
@@ -90,6 +91,8 @@ pub(crate) struct Exits {
 pub(crate) enum Served {
     /// A thread of this process.
     InProcess(Box<Pager>),
+    /// The vCPUs' threads, from a mapped file.
+    ByOracle(Oracle),
     /// A pager at the other end of a socket. It takes the end of the connection
     /// for the end of the VM, and the end of the descriptor would turn absent
     /// pages into zeroes: dropped in this order.
@@ -126,11 +129,8 @@ impl GuestMemory {
     /// which has run. `None` if they are no exits, or if nothing is missing any
     /// more.
     pub(crate) fn exits(&self, vm: &Arc<VmFd>, vcpus: u64) -> Result<Option<Exits>, VmError> {
-        let (Some(mechanism), Some(pager)) = (self.mechanism, self.pager()) else {
-            return Ok(None);
-        };
-        let installers = (0..vcpus).map(|_| pager.installer());
-        let Some(installers) = installers.collect::<Result<Option<_>, _>>()? else {
+        let Some(mechanism) = self.mechanism else { return Ok(None) };
+        let Some(bringers) = self.bringers(vcpus)? else {
             self.mapping
                 .allow(Access::ReadWrite)
                 .map_err(|error| VmError::Memory { bytes: self.mapping.len() as u64, error })?;
@@ -139,14 +139,28 @@ impl GuestMemory {
         let range = |slot: &Memslot| GpaRange { gpa: slot.gpa, offset: slot.offset, len: slot.len };
         let slots = self.slots.iter().map(range).collect();
         let memory = Arc::new(ExitMemory::new(mechanism, vm, self.mapping.clone(), slots)?);
-        Ok(Some(Exits { memory, installers }))
+        Ok(Some(Exits { memory, bringers }))
+    }
+
+    /// One for each vCPU; `None` if there is nothing left to bring.
+    fn bringers(&self, vcpus: u64) -> Result<Option<Vec<Bringer>>, VmError> {
+        let each = 0..vcpus;
+        Ok(match &self.served {
+            Some(Served::InProcess(pager)) => each
+                .map(|_| Ok(pager.installer()?.map(Bringer::Pager)))
+                .collect::<Result<_, VmError>>()?,
+            Some(Served::ByOracle(oracle)) => {
+                Some(each.map(|_| Bringer::Oracle(oracle.clone())).collect())
+            }
+            Some(Served::ByPeer { .. }) | None => None,
+        })
     }
 
     /// The pager in this process, if there is one.
     pub(crate) fn pager(&self) -> Option<&Pager> {
         match &self.served {
             Some(Served::InProcess(pager)) => Some(pager),
-            Some(Served::ByPeer { .. }) | None => None,
+            Some(Served::ByOracle(_) | Served::ByPeer { .. }) | None => None,
         }
     }
 

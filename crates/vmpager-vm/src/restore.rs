@@ -13,8 +13,11 @@ use vmpager_sys::memory::{GuestRange, Mapping};
 use vmpager_sys::peer::send_with_fds;
 use vmpager_sys::uffd::{Features, Userfaultfd};
 
+use vmpager::core::Hva;
 use vmpager_kvm::exit::Mechanism as ExitMechanism;
 
+use crate::PAGE_SIZE;
+use crate::bringer::Oracle;
 use crate::device::to_usize;
 use crate::error::VmError;
 use crate::memory::{GuestMemory, Served};
@@ -55,6 +58,12 @@ pub enum RestoreMemory {
         /// How the faults of vCPUs get to it.
         delivery: Delivery,
     },
+    /// For benchmarks: absent memory, whose pages vCPUs exit on and copy from the
+    /// mapped file, with nothing else done about them. Which they are must be
+    /// [foretold](crate::Vm::foretell), if the exits do not say; no other thread may
+    /// touch them, for nobody listens to their userfaultfd. For the built-in guest,
+    /// whose own structures are there.
+    Oracle(ExitMechanism),
     /// Memory the caller has prepared (and serves, if its pages are absent).
     /// It must have [`Snapshot::memory_bytes`] bytes.
     Prepared(Arc<Mapping>),
@@ -104,6 +113,7 @@ impl GuestMemory {
                     .delivered_by(delivery)
                     .map_err(cannot_map)
             }
+            RestoreMemory::Oracle(mechanism) => Self::by_oracle(snapshot, mechanism),
             RestoreMemory::Prepared(mapping) if mapping.len() == len => {
                 Ok(Self::new(mapping, slots))
             }
@@ -113,6 +123,26 @@ impl GuestMemory {
                 remedy: "map as many bytes as the snapshot's memory has",
             }),
         }
+    }
+
+    fn by_oracle(snapshot: &Snapshot, mechanism: ExitMechanism) -> Result<Self, VmError> {
+        let bytes = snapshot.memory_bytes();
+        let len = to_usize(bytes);
+        let cannot_map = |error| VmError::Memory { bytes, error };
+        let path = &snapshot.paths.memory;
+        let file = File::open(path).map_err(VmError::file("open", path))?;
+        let file = Mapping::file_private(file.as_fd(), len).map_err(VmError::file("map", path))?;
+        let mapping = Arc::new(Mapping::inaccessible(len).map_err(cannot_map)?);
+        let uffd = Userfaultfd::open(Features(0))?;
+        uffd.register_missing(&GuestRange::of_mapping(&mapping)).map_err(VmError::Register)?;
+        let mut oracle = Oracle::new(uffd, file, &mapping);
+        for page in snapshot.fixed_pages() {
+            oracle.resolve(Hva(mapping.hva() + page * PAGE_SIZE));
+        }
+        Self::new(mapping, snapshot.state.memslots.clone())
+            .served(Served::ByOracle(oracle))
+            .delivered_by(Delivery::Exit(mechanism))
+            .map_err(cannot_map)
     }
 }
 

@@ -147,6 +147,14 @@ impl Snapshot {
         matches!(self.state.guest, Guest::Linux(_))
     }
 
+    /// The built-in guest's own pages: all but its contents.
+    pub(crate) fn fixed_pages(&self) -> Range<u64> {
+        match &self.state.guest {
+            Guest::Builtin(guest) => 0..guest.layout.contents().start,
+            Guest::Linux(_) => 0..0,
+        }
+    }
+
     /// Number of vCPUs.
     pub fn vcpus(&self) -> u64 {
         self.state.vcpus()

@@ -98,6 +98,28 @@ fn foretold_pages_are_brought_in_turn() {
     assert!(stats.installed * 10 >= report.pages * 9 && stats.fallbacks == 0, "{stats:?}");
 }
 
+/// The benchmark's oracle: the same bytes, and no more exits than there are pages.
+#[test]
+fn an_oracle_brings_every_page() {
+    if !have_kvm() {
+        return;
+    }
+    let has_attributes = vmpager_kvm::probe::kvm().is_ok_and(|kvm| kvm.exact_memory_faults());
+    let mechanisms = [ExitMechanism::View, ExitMechanism::Attributes];
+    for mechanism in &mechanisms[..if has_attributes { 2 } else { 1 }] {
+        let (_dir, snapshot) = snapshot(&VmConfig { vcpus: 2, ..config(Cpu::Kvm) });
+        let memory = RestoreMemory::Oracle(*mechanism);
+        let mut vm = Vm::restore(&snapshot, memory, Cpu::Kvm).unwrap();
+        let workload = Workload { write_every: 3, ..Workload::default() };
+        vm.foretell(&workload, true).unwrap();
+        let report = vm.run(&workload, Instant::now()).unwrap();
+        assert_eq!((report.mismatches, vm.verify_from_host().mismatches), (0, 0));
+        let stats = vm.exit_stats().unwrap();
+        println!("{mechanism:?}: {stats:?}");
+        assert_eq!((stats.installed, stats.fallbacks), (report.pages, 0), "{stats:?}");
+    }
+}
+
 /// Exits by attributes, or a refusal that says what is missing.
 #[test]
 fn attributes_bring_every_page_or_are_refused() {

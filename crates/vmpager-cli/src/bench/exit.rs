@@ -3,13 +3,14 @@
 //!
 //! The built-in guest touches every page of its memory once, in random order.
 //! Each fault brings one page from a warm file: by a userfaultfd and the
-//! pager's thread; by an exit, the page found by decoding and walking; and by
-//! the same exit with the page known beforehand, the floor of any exit
-//! delivery.
+//! pager's thread; by an exit, the page found by decoding and walking, or told by
+//! KVM; and by an *oracle*, the floor of any exit delivery: the same exit, the page
+//! known beforehand, and nothing done but to copy it from the mapped file (and, with
+//! attributes, to let vCPUs have it).
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use serde::Serialize;
@@ -18,8 +19,8 @@ use vmpager_kvm::probe;
 use vmpager_store::RawFile;
 use vmpager_sys::memory::Mapping;
 use vmpager_vm::{
-    Cpu, Delivery, ExitMechanism, Filling, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig,
-    Workload,
+    Cpu, Delivery, DeliveryCosts, ExitMechanism, Filling, RestoreMemory, Snapshot, SnapshotPaths,
+    Vm, VmConfig, Workload,
 };
 
 use super::{median, round, to_f64};
@@ -31,8 +32,14 @@ use crate::{output, size};
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Example:\n  vmpager bench exit --rounds 5 --json\n\n\
     Rounds are interleaved; each number is the median of its rounds. With a local\n\
-    APIC, KVM takes the faults of vCPUs that wait in the kernel asynchronously.\n\
-    Attributes need a KVM with software-protected VMs: null where there is none.")]
+    APIC, KVM takes the faults of vCPUs that wait in the kernel asynchronously.\n\n\
+    Keys of --json: exit_us is an exit by port I/O and the way back; auto has what\n\
+    --delivery auto measures, and how long that takes. A row has the faults served a\n\
+    second (in thousands) by userfaultfd, by exits (view, attributes), by what auto\n\
+    chooses (measured anew for each run), and by the oracle of each kind of exit, which\n\
+    does nothing but copy the next page; ratios of these, above 1 is better for the\n\
+    first named; and fallback_share, the part of the view's exits that were left to\n\
+    the userfaultfd. What needs a KVM with software-protected VMs is null without.")]
 pub(crate) struct ExitArgs {
     /// Guest memory, all of which is touched.
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size::parse)]
@@ -54,7 +61,21 @@ struct Report {
     rounds: u32,
     /// An exit by port I/O, and the way back into the guest.
     exit_us: f64,
+    auto: Auto,
     rows: Vec<Row>,
+}
+
+/// What `--delivery auto` goes by.
+#[derive(Debug, Serialize)]
+struct Auto {
+    /// A fault delivered by an exit, on a VM of its own.
+    exit_us: f64,
+    /// The same by a userfaultfd.
+    uffd_us: f64,
+    /// How long it takes to find out.
+    measured_in_ms: f64,
+    /// How often exits were chosen.
+    exit_share: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -65,8 +86,13 @@ struct Row {
     oracle_kfaults_s: f64,
     view_kfaults_s: f64,
     attributes_kfaults_s: Option<f64>,
+    attributes_oracle_kfaults_s: Option<f64>,
+    auto_kfaults_s: f64,
     ratio_view_uffd: f64,
     ratio_view_oracle: f64,
+    ratio_attributes_oracle: Option<f64>,
+    /// Against the better of userfaultfd and view.
+    ratio_auto_best: f64,
     /// Of all exits, those that were left to the userfaultfd.
     fallback_share: f64,
 }
@@ -77,7 +103,7 @@ enum Way {
     Uffd,
     View,
     Attributes,
-    Oracle,
+    Oracle(ExitMechanism),
 }
 
 /// One run: its rate, and what its exits came to.
@@ -90,7 +116,7 @@ struct Run {
 
 pub(crate) fn run(args: &ExitArgs) -> anyhow::Result<()> {
     let scratch = Scratch::new(args.dir.as_deref(), args.memory)?;
-    let mut rows = Vec::new();
+    let (mut rows, mut choices) = (Vec::new(), Vec::new());
     let mut exit_us = 0.0;
     let kvm = probe::kvm()?;
     for lapic in [false, true].into_iter().filter(|lapic| kvm.irqchip || !lapic) {
@@ -99,10 +125,13 @@ pub(crate) fn run(args: &ExitArgs) -> anyhow::Result<()> {
             if vcpus == 1 && !lapic {
                 exit_us = round(exit_cost(&snapshot)?);
             }
-            rows.push(row(args, vcpus, lapic, kvm.exact_memory_faults(), &snapshot)?);
+            let runs = Runs::of(args, kvm.exact_memory_faults(), &snapshot)?;
+            rows.push(runs.row(vcpus, lapic));
+            choices.extend(runs.choices);
         }
     }
-    let report = Report { memory_bytes: args.memory, rounds: args.rounds, exit_us, rows };
+    let auto = Auto::of(&choices);
+    let report = Report { memory_bytes: args.memory, rounds: args.rounds, exit_us, auto, rows };
     if args.json { output::json(&report) } else { show(&report) }
 }
 
@@ -132,45 +161,106 @@ fn exit_cost(snapshot: &Snapshot) -> anyhow::Result<f64> {
     Ok(since.elapsed().as_secs_f64() * 1e6 / f64::from(2 * ROUNDS))
 }
 
-fn row(
-    args: &ExitArgs,
-    vcpus: u64,
-    lapic: bool,
-    has_attributes: bool,
-    snapshot: &Snapshot,
-) -> anyhow::Result<Row> {
-    let (mut uffd, mut view, mut oracle) = (Vec::new(), Vec::new(), Vec::new());
-    let mut attributes = Vec::new();
-    for seed in 0..args.rounds {
-        let workload = Workload { seed: seed.into(), ..Workload::default() };
-        prepare_cache(&snapshot.paths().memory, Cache::Warm)?;
-        uffd.push(one_run(snapshot, Way::Uffd, &workload)?);
-        view.push(one_run(snapshot, Way::View, &workload)?);
-        oracle.push(one_run(snapshot, Way::Oracle, &workload)?);
-        if has_attributes {
-            attributes.push(one_run(snapshot, Way::Attributes, &workload)?);
+/// What `auto` measured once, and how long that took.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    costs: DeliveryCosts,
+    took: Duration,
+}
+
+impl Choice {
+    fn make() -> anyhow::Result<Self> {
+        let since = Instant::now();
+        Ok(Self { costs: DeliveryCosts::measure()?, took: since.elapsed() })
+    }
+
+    fn way(&self) -> Way {
+        match self.costs.delivery() {
+            Delivery::Userfaultfd => Way::Uffd,
+            Delivery::Exit(_) => Way::View,
         }
     }
-    let rate = |runs: &[Run]| median(runs.iter().map(|run| run.kfaults_s));
-    let total = |what: fn(&Run) -> u64| to_f64(view.iter().map(what).sum());
-    Ok(Row {
-        vcpus,
-        lapic,
-        uffd_kfaults_s: round(rate(&uffd)),
-        oracle_kfaults_s: round(rate(&oracle)),
-        view_kfaults_s: round(rate(&view)),
-        attributes_kfaults_s: has_attributes.then(|| round(rate(&attributes))),
-        ratio_view_uffd: round(rate(&view) / rate(&uffd)),
-        ratio_view_oracle: round(rate(&view) / rate(&oracle)),
-        fallback_share: round(total(|run| run.fallbacks) / total(|run| run.exits).max(1.0)),
-    })
+}
+
+impl Auto {
+    fn of(choices: &[Choice]) -> Self {
+        let micros = |what: fn(&Choice) -> Duration| {
+            median(choices.iter().map(|choice| what(choice).as_secs_f64() * 1e6))
+        };
+        let exits = choices.iter().filter(|choice| choice.way() == Way::View).count();
+        Self {
+            exit_us: round(micros(|choice| choice.costs.exit)),
+            uffd_us: round(micros(|choice| choice.costs.userfaultfd)),
+            measured_in_ms: round(micros(|choice| choice.took) / 1e3),
+            exit_share: round(to_f64(exits as u64) / to_f64(choices.len() as u64)),
+        }
+    }
+}
+
+/// All rounds of one row.
+#[derive(Debug, Default)]
+struct Runs {
+    uffd: Vec<Run>,
+    view: Vec<Run>,
+    oracle: Vec<Run>,
+    auto: Vec<Run>,
+    /// Empty where there are none.
+    attributes: Vec<Run>,
+    attributes_oracle: Vec<Run>,
+    choices: Vec<Choice>,
+}
+
+impl Runs {
+    fn of(args: &ExitArgs, has_attributes: bool, snapshot: &Snapshot) -> anyhow::Result<Self> {
+        let mut runs = Self::default();
+        for seed in 0..args.rounds {
+            let workload = Workload { seed: seed.into(), ..Workload::default() };
+            prepare_cache(&snapshot.paths().memory, Cache::Warm)?;
+            let run = |way| one_run(snapshot, way, &workload);
+            runs.uffd.push(run(Way::Uffd)?);
+            runs.view.push(run(Way::View)?);
+            runs.oracle.push(run(Way::Oracle(ExitMechanism::View))?);
+            let choice = Choice::make()?;
+            runs.auto.push(run(choice.way())?);
+            runs.choices.push(choice);
+            if has_attributes {
+                runs.attributes.push(run(Way::Attributes)?);
+                runs.attributes_oracle.push(run(Way::Oracle(ExitMechanism::Attributes))?);
+            }
+        }
+        Ok(runs)
+    }
+
+    fn row(&self, vcpus: u64, lapic: bool) -> Row {
+        let rate = |runs: &[Run]| median(runs.iter().map(|run| run.kfaults_s));
+        let if_any = |runs: &[Run]| (!runs.is_empty()).then(|| rate(runs));
+        let (uffd, view, oracle) = (rate(&self.uffd), rate(&self.view), rate(&self.oracle));
+        let (attributes, floor) = (if_any(&self.attributes), if_any(&self.attributes_oracle));
+        let total = |what: fn(&Run) -> u64| to_f64(self.view.iter().map(what).sum());
+        Row {
+            vcpus,
+            lapic,
+            uffd_kfaults_s: round(uffd),
+            oracle_kfaults_s: round(oracle),
+            view_kfaults_s: round(view),
+            attributes_kfaults_s: attributes.map(round),
+            attributes_oracle_kfaults_s: floor.map(round),
+            auto_kfaults_s: round(rate(&self.auto)),
+            ratio_view_uffd: round(view / uffd),
+            ratio_view_oracle: round(view / oracle),
+            ratio_attributes_oracle: attributes.zip(floor).map(|(rate, of)| round(rate / of)),
+            ratio_auto_best: round(rate(&self.auto) / uffd.max(view)),
+            fallback_share: round(total(|run| run.fallbacks) / total(|run| run.exits).max(1.0)),
+        }
+    }
 }
 
 fn one_run(snapshot: &Snapshot, way: Way, workload: &Workload) -> anyhow::Result<Run> {
     let (mut vm, _pager) = restore(snapshot, way)?;
-    vm.bring_fixed();
-    if way == Way::Oracle {
+    if let Way::Oracle(_) = way {
         vm.foretell(workload, true)?;
+    } else {
+        vm.bring_fixed();
     }
     let report = vm.run(workload, Instant::now())?;
     if report.mismatches > 0 {
@@ -186,11 +276,14 @@ fn one_run(snapshot: &Snapshot, way: Way, workload: &Workload) -> anyhow::Result
 
 /// A page per fault in every way: no neighbours.
 fn restore(snapshot: &Snapshot, way: Way) -> anyhow::Result<(Vm, Option<Pager>)> {
-    if way != Way::Uffd {
-        let attributes = way == Way::Attributes;
-        let mechanism = if attributes { ExitMechanism::Attributes } else { ExitMechanism::View };
-        let delivery = Delivery::Exit(mechanism);
-        let memory = RestoreMemory::InProcess { background_fill: false, delivery };
+    let in_process = |delivery| RestoreMemory::InProcess { background_fill: false, delivery };
+    let by_exits = match way {
+        Way::Uffd => None,
+        Way::View => Some(in_process(Delivery::Exit(ExitMechanism::View))),
+        Way::Attributes => Some(in_process(Delivery::Exit(ExitMechanism::Attributes))),
+        Way::Oracle(mechanism) => Some(RestoreMemory::Oracle(mechanism)),
+    };
+    if let Some(memory) = by_exits {
         return Ok((Vm::restore(snapshot, memory, Cpu::Kvm)?, None));
     }
     let len = usize::try_from(snapshot.memory_bytes()).context("guest memory")?;
@@ -204,35 +297,49 @@ fn restore(snapshot: &Snapshot, way: Way) -> anyhow::Result<(Vm, Option<Pager>)>
 }
 
 fn show(report: &Report) -> anyhow::Result<()> {
+    let Auto { exit_us, uffd_us, measured_in_ms, exit_share } = report.auto;
     output::line(&format!(
-        "{} of guest memory, a page per fault; a bare exit and re-entry: {:.1} us\n",
+        "{} of guest memory, a page per fault; a bare exit and re-entry: {:.1} us\n\
+         auto: an exit {exit_us:.1} us, a userfaultfd {uffd_us:.1} us, found out in \
+         {measured_in_ms:.1} ms; chose exits {:.0} times of 100\n",
         size::show(report.memory_bytes),
-        report.exit_us
+        report.exit_us,
+        exit_share * 100.0,
     ))?;
     output::line(&format!(
-        "{:>5} {:>5} {:>14} {:>14} {:>14} {:>14} {:>11} {:>13} {:>10}",
+        "{:>5} {:>5} {:>12} {:>9} {:>9} {:>9} {:>11} {:>9} {:>10} {:>12} {:>10} {:>10} {:>10}",
         "vCPUs",
         "LAPIC",
         "userfaultfd",
-        "exits (view)",
-        "(attributes)",
+        "view",
+        "oracle",
+        "auto",
+        "attributes",
         "oracle",
         "view/uffd",
         "view/oracle",
+        "att/oracle",
+        "auto/best",
         "fallbacks"
     ))?;
+    let rate = |rate: f64| format!("{rate:.1} k/s");
+    let times = |ratio: f64| format!("{ratio:.2}x");
+    let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     for row in &report.rows {
         output::line(&format!(
-            "{:>5} {:>5} {:>11.1} k/s {:>11.1} k/s {:>14} {:>11.1} k/s {:>10.2}x {:>12.2}x \
-             {:>9.2}%",
+            "{:>5} {:>5} {:>12} {:>9} {:>9} {:>9} {:>11} {:>9} {:>10} {:>12} {:>10} {:>10} {:>9.2}%",
             row.vcpus,
             if row.lapic { "yes" } else { "no" },
-            row.uffd_kfaults_s,
-            row.view_kfaults_s,
-            row.attributes_kfaults_s.map_or("-".into(), |rate| format!("{rate:.1} k/s")),
-            row.oracle_kfaults_s,
-            row.ratio_view_uffd,
-            row.ratio_view_oracle,
+            rate(row.uffd_kfaults_s),
+            rate(row.view_kfaults_s),
+            rate(row.oracle_kfaults_s),
+            rate(row.auto_kfaults_s),
+            or_none(row.attributes_kfaults_s.map(rate)),
+            or_none(row.attributes_oracle_kfaults_s.map(rate)),
+            times(row.ratio_view_uffd),
+            times(row.ratio_view_oracle),
+            or_none(row.ratio_attributes_oracle.map(times)),
+            times(row.ratio_auto_best),
             row.fallback_share * 100.0
         ))?;
     }

@@ -98,6 +98,12 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case(
         "exits",
+        "restored_by_what_is_cheaper_it_goes_on",
+        90,
+        exits::restored_by_what_is_cheaper_it_goes_on,
+    ),
+    case(
+        "exits",
         "restored_by_attributes_it_goes_on",
         90,
         exits::restored_by_attributes_it_goes_on,

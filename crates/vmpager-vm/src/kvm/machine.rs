@@ -73,9 +73,9 @@ impl Machine {
             fd.set_cpuid2(&cpuid).map_err(refused("set the vCPU's CPUID"))?;
             let mut vcpu = Vcpu::new(id, fd)?;
             if let Some(exits) = &mut exits
-                && let Some(installer) = exits.installers.pop()
+                && let Some(bringer) = exits.bringers.pop()
             {
-                vcpu.deliver_by_exits(&kvm, exits.memory.clone(), installer)?;
+                vcpu.deliver_by_exits(&kvm, exits.memory.clone(), bringer)?;
             }
             vcpus.push(vcpu);
         }
@@ -135,7 +135,7 @@ impl Machine {
 
 /// A VM of that type. Tries again when a signal came in between: KVM then gives
 /// up, and starts afresh as well.
-fn create_vm(kvm: &Kvm, kind: u64) -> Result<VmFd, VmError> {
+pub(super) fn create_vm(kvm: &Kvm, kind: u64) -> Result<VmFd, VmError> {
     loop {
         match kvm.create_vm_with_type(kind).map_err(io::Error::from) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -186,7 +186,12 @@ fn add_memory(vm: &VmFd, parts: &Parts<'_>) -> Result<Vec<Arc<Mapping>>, VmError
     Ok([memory.clone()].into_iter().chain(device).collect())
 }
 
-fn add_memslot(vm: &VmFd, id: u32, slot: &Memslot, mapping: &Mapping) -> Result<(), VmError> {
+pub(super) fn add_memslot(
+    vm: &VmFd,
+    id: u32,
+    slot: &Memslot,
+    mapping: &Mapping,
+) -> Result<(), VmError> {
     let end = slot.offset.checked_add(slot.len);
     if end.is_none_or(|end| end > mapping.len() as u64) {
         return Err(VmError::Config {

@@ -9,6 +9,7 @@ mod machine;
 mod program;
 mod registers;
 mod state;
+mod trial;
 mod tsc;
 mod vcpu;
 mod view;
@@ -20,6 +21,7 @@ pub(crate) use program::{Command, Parameters, code};
 pub(crate) use state::KvmState;
 #[cfg(test)]
 pub(crate) use state::{Irqchip, Lapic, MachineState, VcpuState};
+pub(crate) use trial::Trial;
 pub(crate) use tsc::nanoseconds_per_cycle;
 pub(crate) use vcpu::{Answer, Stopped, Vcpu};
 pub(crate) use view::view;

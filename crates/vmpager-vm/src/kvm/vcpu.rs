@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
-use vmpager::Installer;
 use vmpager_kvm::exit::{Delivered, ExitDelivery, ExitMemory, ExitStats, Fault};
 
 use super::kick::Kick;
 use super::refused;
 use super::state::{StateScope, VcpuState};
+use crate::bringer::Bringer;
 use crate::error::VmError;
 
 /// A vCPU, which belongs to whoever runs it.
@@ -21,7 +21,7 @@ pub(crate) struct Vcpu {
     pub(super) fd: VcpuFd,
     kick: Arc<Kick>,
     /// Brings missing pages, if they are exits.
-    exits: Option<Box<ExitDelivery<Installer>>>,
+    exits: Option<Box<ExitDelivery<Bringer>>>,
 }
 
 /// What comes of one exit.
@@ -52,14 +52,14 @@ impl Vcpu {
         Ok(Self { id, fd, kick: Arc::new(kick), exits: None })
     }
 
-    /// Has its missing pages be exits of its own, brought by `installer`.
+    /// Has its missing pages be exits of its own, brought by `bringer`.
     pub(super) fn deliver_by_exits(
         &mut self,
         kvm: &Kvm,
         memory: Arc<ExitMemory>,
-        installer: Installer,
+        bringer: Bringer,
     ) -> Result<(), VmError> {
-        let exits = ExitDelivery::new(kvm, &mut self.fd, memory, installer)?;
+        let exits = ExitDelivery::new(kvm, &mut self.fd, memory, bringer)?;
         self.exits = Some(Box::new(exits));
         Ok(())
     }
@@ -207,6 +207,6 @@ fn failed(error: kvm_ioctls::Error) -> String {
 }
 
 /// A signal, or a request to try again.
-fn is_interrupted(error: kvm_ioctls::Error) -> bool {
+pub(super) fn is_interrupted(error: kvm_ioctls::Error) -> bool {
     matches!(io::Error::from(error).kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
 }
