@@ -59,8 +59,9 @@ fn take_in(
     messages: &mut Vec<Vec<Slot>>,
 ) -> Result<(), HandshakeError> {
     inbox.push(piece)?;
-    while let Some(slots) = inbox.next_message()? {
-        messages.push(slots);
+    while let Some(handshake) = inbox.next_message()? {
+        assert!(handshake.descriptors() <= 257);
+        messages.push(handshake.slots);
     }
     Ok(())
 }

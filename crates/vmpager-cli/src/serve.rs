@@ -25,6 +25,11 @@ use crate::output;
     \"snapshot_path\": \"/snap/vmstate\", \"resume_vm\": true,\n    \
     \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/vm/pager.sock\"}}'\n\n\
     vmpager serve --socket /run/vm/pager.sock --image /snap/mem.vmimg\n\n\
+    With a device back-end that takes part in the memory (docs/sharing.md):\n  \
+    vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --attach /run/vm/doors &\n  \
+    vmpager vm restore --state /snap/vmstate --memory /snap/mem \\\n    \
+    --pager /run/vm/pager.sock --attach /run/vm/doors &\n  \
+    my-back-end --memory /run/vm/doors/$!.sock\n\n\
     Any number of VMs may connect. The memory file must not change meanwhile.\n\
     SIGTERM and SIGINT stop it: what is in flight is finished first, and each VM\n\
     that still misses memory is named.")]
@@ -57,6 +62,10 @@ pub(crate) struct ServeArgs {
     /// Accept VMs whose regions cover only part of the file.
     #[arg(long)]
     partial: bool,
+    /// Give each VM a socket PID.sock in this directory, by its VMM's process
+    /// id, where other processes (device back-ends) may take part in its memory.
+    #[arg(long, value_name = "DIR")]
+    attach: Option<PathBuf>,
     /// Seconds a peer may take to send its handshake.
     #[arg(long, value_name = "SECONDS", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -122,6 +131,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     config.workers = workers(args);
     config.partial = args.partial;
     config.once = args.once;
+    config.attach.clone_from(&args.attach);
     config.handshake_timeout = Duration::from_secs(args.handshake_timeout);
     let (name, memory_bytes) = (config.source.name(), config.source.len());
     let workers = config.workers;

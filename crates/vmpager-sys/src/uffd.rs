@@ -58,6 +58,8 @@ impl Features {
     pub const EVENT_UNMAP: Self = Self(raw::UFFD_FEATURE_EVENT_UNMAP as u64);
     /// Missing faults on hugetlb memory.
     pub const MISSING_HUGETLBFS: Self = Self(raw::UFFD_FEATURE_MISSING_HUGETLBFS as u64);
+    /// Faults say which thread waits.
+    pub const THREAD_ID: Self = Self(raw::UFFD_FEATURE_THREAD_ID as u64);
     /// `UFFDIO_POISON` exists.
     pub const POISON: Self = Self(raw::UFFD_FEATURE_POISON as u64);
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vmpager::Installer;
+use vmpager::attach::RemoteInstaller;
 use vmpager::core::{Hva, PageInstaller, Resolution};
 use vmpager_sys::memory::Mapping;
 use vmpager_sys::uffd::Userfaultfd;
@@ -15,6 +16,8 @@ use crate::PAGE_SIZE;
 pub(crate) enum Bringer {
     /// The pager of this process.
     Pager(Installer),
+    /// A pager in another process.
+    Remote(RemoteInstaller),
     /// Something that does no more than it must.
     Oracle(Oracle),
 }
@@ -25,6 +28,7 @@ impl Bringer {
     pub(crate) fn wait(&self, hva: Hva, until: Instant) -> bool {
         match self {
             Self::Pager(installer) => installer.wait(hva, until),
+            Self::Remote(installer) => installer.wait(hva, until),
             Self::Oracle(_) => true,
         }
     }
@@ -34,6 +38,7 @@ impl PageInstaller for Bringer {
     fn is_present(&self, hva: Hva) -> bool {
         match self {
             Self::Pager(installer) => installer.is_present(hva),
+            Self::Remote(installer) => installer.is_present(hva),
             Self::Oracle(oracle) => oracle.is_present(hva),
         }
     }
@@ -41,6 +46,7 @@ impl PageInstaller for Bringer {
     fn is_complete(&self) -> bool {
         match self {
             Self::Pager(installer) => installer.is_complete(),
+            Self::Remote(installer) => installer.is_complete(),
             Self::Oracle(_) => false,
         }
     }
@@ -48,6 +54,7 @@ impl PageInstaller for Bringer {
     fn resolve(&mut self, hva: Hva) -> Resolution {
         match self {
             Self::Pager(installer) => installer.resolve(hva),
+            Self::Remote(installer) => installer.resolve(hva),
             Self::Oracle(oracle) => oracle.resolve(hva),
         }
     }

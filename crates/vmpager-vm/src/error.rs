@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use vmpager::attach::AttachError;
 use vmpager_sys::uffd::OpenError;
 
 use crate::linux::BootError;
@@ -52,6 +53,9 @@ pub enum VmError {
     /// What the guest is to boot cannot be used.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The pager's door did not let this VM in.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// The guest stopped in a way it never does by itself.
     #[error("vCPU {vcpu} stopped unexpectedly at rip {rip:#x}: {exit}")]
     Exit {

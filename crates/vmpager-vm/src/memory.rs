@@ -14,6 +14,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
@@ -21,6 +22,8 @@ use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vmpager::Pager;
+use vmpager::attach::{Asker, GuestRegion, RemoteInstaller};
+use vmpager::core::Hva;
 use vmpager_kvm::exit::{ExitMemory, GpaRange, Mechanism};
 use vmpager_sys::memory::{Access, Mapping};
 use vmpager_sys::uffd::Userfaultfd;
@@ -96,7 +99,22 @@ pub(crate) enum Served {
     /// A pager at the other end of a socket. It takes the end of the connection
     /// for the end of the VM, and the end of the descriptor would turn absent
     /// pages into zeroes: dropped in this order.
-    ByPeer { _connection: UnixStream, _uffd: Userfaultfd },
+    ByPeer {
+        /// Where its vCPUs ask for pages, if missing ones are exits of theirs.
+        door: Option<PathBuf>,
+        _connection: UnixStream,
+        _uffd: Userfaultfd,
+    },
+}
+
+impl Served {
+    /// The same, with vCPUs that ask for pages at that door of the peer's.
+    pub(crate) fn asked_at(mut self, at: Option<PathBuf>) -> Self {
+        if let Self::ByPeer { door, .. } = &mut self {
+            *door = at;
+        }
+        self
+    }
 }
 
 impl GuestMemory {
@@ -152,8 +170,23 @@ impl GuestMemory {
             Some(Served::ByOracle(oracle)) => {
                 Some(each.map(|_| Bringer::Oracle(oracle.clone())).collect())
             }
-            Some(Served::ByPeer { .. }) | None => None,
+            Some(Served::ByPeer { door: Some(door), .. }) => {
+                let installer = self.remote_installer(door)?;
+                Some(each.map(|_| Bringer::Remote(installer.clone())).collect())
+            }
+            Some(Served::ByPeer { door: None, .. }) | None => None,
         })
+    }
+
+    /// Asks at a pager's door.
+    fn remote_installer(&self, door: &Path) -> Result<RemoteInstaller, VmError> {
+        let asker = Arc::new(Asker::connect(door)?);
+        let region = |slot: &Memslot| GuestRegion {
+            hva: Hva(self.mapping.hva() + slot.offset),
+            gpa: slot.gpa,
+            len: slot.len,
+        };
+        Ok(RemoteInstaller::new(asker, self.slots.iter().map(region).collect()))
     }
 
     /// The pager in this process, if there is one.

@@ -1,7 +1,7 @@
 //! The ways guest memory comes back from a snapshot.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use std::sync::Arc;
 use serde::Serialize;
 use vmpager::Pager;
 use vmpager::store::RawFile;
-use vmpager_sys::memory::{GuestRange, Mapping};
+use vmpager_sys::memfd;
+use vmpager_sys::memory::{Access, GuestRange, Mapping};
 use vmpager_sys::peer::send_with_fds;
 use vmpager_sys::uffd::{Features, Userfaultfd};
 
@@ -20,7 +21,7 @@ use crate::PAGE_SIZE;
 use crate::bringer::Oracle;
 use crate::device::to_usize;
 use crate::error::VmError;
-use crate::memory::{GuestMemory, Served};
+use crate::memory::{GuestMemory, Memslot, Served};
 use crate::snapshot::Snapshot;
 
 /// How a vCPU's fault on a missing page is learned of.
@@ -49,6 +50,15 @@ pub enum RestoreMemory {
         socket: PathBuf,
         /// Whether the memory is made of hugetlb pages of 2 MiB.
         huge_pages: bool,
+    },
+    /// Absent memory in a memfd, which is handed to a pager over its unix socket
+    /// together with its userfaultfd, so that other processes can have it too.
+    Shared {
+        /// Where the pager listens.
+        socket: PathBuf,
+        /// The directory of its doors (`vmpager serve --attach`), if missing
+        /// pages shall be exits of vCPUs, which ask for them there.
+        exits: Option<PathBuf>,
     },
     /// Absent memory, whose pages a thread of this process brings as they are
     /// touched.
@@ -98,10 +108,14 @@ impl GuestMemory {
                 let mapping =
                     if huge_pages { Mapping::hugetlb_2m(len) } else { Mapping::for_pager(len) };
                 let mapping = Arc::new(mapping.map_err(cannot_map)?);
-                let (connection, uffd) = hand_over(&mapping, &socket, huge_pages)?;
-                Ok(Self::new(mapping, slots)
-                    .served(Served::ByPeer { _connection: connection, _uffd: uffd }))
+                let page_size = if huge_pages { 2 << 20 } else { PAGE_SIZE };
+                let all = Memslot::flat(bytes);
+                let regions: Vec<Region> =
+                    all.iter().map(|all| Region::new(&mapping, all, page_size)).collect();
+                let peer = hand_over(&mapping, &regions, None, &socket)?;
+                Ok(Self::new(mapping, slots).served(peer))
             }
+            RestoreMemory::Shared { socket, exits } => Self::shared(snapshot, &socket, exits),
             RestoreMemory::InProcess { background_fill, delivery } => {
                 let mapping = Arc::new(Mapping::inaccessible(len).map_err(cannot_map)?);
                 let pager = Pager::builder(RawFile::open(path)?)
@@ -123,6 +137,28 @@ impl GuestMemory {
                 remedy: "map as many bytes as the snapshot's memory has",
             }),
         }
+    }
+
+    fn shared(snapshot: &Snapshot, socket: &Path, exits: Option<PathBuf>) -> Result<Self, VmError> {
+        let bytes = snapshot.memory_bytes();
+        let cannot_map = |error| VmError::Memory { bytes, error };
+        let memfd = memfd::sealed("guest-memory", bytes).map_err(cannot_map)?;
+        let mapping = Mapping::file_shared(memfd.as_fd(), to_usize(bytes)).map_err(cannot_map)?;
+        mapping.allow(Access::None).map_err(cannot_map)?;
+        let mapping = Arc::new(mapping);
+        let slots = snapshot.state.memslots.clone();
+        let region = |slot| Region::new(&mapping, slot, PAGE_SIZE).in_memfd(slot);
+        let regions: Vec<Region> = slots.iter().map(region).collect();
+        let peer = hand_over(&mapping, &regions, Some(memfd.as_fd()), socket)?;
+        let delivery = match &exits {
+            None => Delivery::Userfaultfd,
+            Some(_) => Delivery::Exit(ExitMechanism::View),
+        };
+        let door = exits.map(|doors| doors.join(format!("{}.sock", std::process::id())));
+        Self::new(mapping, slots)
+            .served(peer.asked_at(door))
+            .delivered_by(delivery)
+            .map_err(cannot_map)
     }
 
     fn by_oracle(snapshot: &Snapshot, mechanism: ExitMechanism) -> Result<Self, VmError> {
@@ -155,37 +191,59 @@ struct Region {
     page_size: u64,
     /// In bytes, whatever the name says.
     page_size_kib: u64,
+    /// Where others find it.
+    #[serde(flatten)]
+    shared: Option<InMemfd>,
 }
 
-/// Registers the memory, and sends its layout and the userfaultfd in one
-/// message.
+/// Where a region lies in the memfd that comes with the handshake.
+#[derive(Serialize)]
+struct InMemfd {
+    gpa_start: u64,
+    memfd: u64,
+    memfd_offset: u64,
+}
+
+impl Region {
+    fn new(mapping: &Mapping, slot: &Memslot, page_size: u64) -> Self {
+        Self {
+            base_host_virt_addr: mapping.hva() + slot.offset,
+            size: slot.len,
+            offset: slot.offset,
+            page_size,
+            page_size_kib: page_size,
+            shared: None,
+        }
+    }
+
+    /// The same, when the mapping is of a memfd.
+    fn in_memfd(self, slot: &Memslot) -> Self {
+        let (gpa_start, memfd_offset) = (slot.gpa, slot.offset);
+        Self { shared: Some(InMemfd { gpa_start, memfd: 0, memfd_offset }), ..self }
+    }
+}
+
+/// Registers the memory, and sends its layout, the userfaultfd and the memfd, if
+/// there is one, in one message.
 fn hand_over(
     mapping: &Arc<Mapping>,
+    regions: &[Region],
+    memfd: Option<BorrowedFd<'_>>,
     socket: &Path,
-    huge_pages: bool,
-) -> Result<(UnixStream, Userfaultfd), VmError> {
-    let features = if huge_pages {
-        Features::EVENT_REMOVE.union(Features::MISSING_HUGETLBFS)
-    } else {
-        Features::EVENT_REMOVE
-    };
+) -> Result<Served, VmError> {
+    let features = Features::EVENT_REMOVE.union(Features::THREAD_ID);
+    let is_huge = regions.iter().any(|region| region.page_size > PAGE_SIZE);
+    let features = if is_huge { features.union(Features::MISSING_HUGETLBFS) } else { features };
     let uffd = Userfaultfd::open(features)?;
     uffd.register_missing(&GuestRange::of_mapping(mapping)).map_err(VmError::Register)?;
 
-    let page_size = if huge_pages { 2 << 20 } else { 4096 };
-    let regions = [Region {
-        base_host_virt_addr: mapping.hva(),
-        size: mapping.len() as u64,
-        offset: 0,
-        page_size,
-        page_size_kib: page_size,
-    }];
-    let message = serde_json::to_vec(&regions).expect("plain fields always serialize");
+    let message = serde_json::to_vec(regions).expect("plain fields always serialize");
     let failed = |error| VmError::Handshake { socket: socket.to_path_buf(), error };
     let stream = UnixStream::connect(socket).map_err(failed)?;
-    let sent = send_with_fds(&stream, &message, &[uffd.as_fd()]).map_err(failed)?;
+    let fds: Vec<BorrowedFd<'_>> = std::iter::once(uffd.as_fd()).chain(memfd).collect();
+    let sent = send_with_fds(&stream, &message, &fds).map_err(failed)?;
     if sent != message.len() {
         return Err(failed(std::io::ErrorKind::WriteZero.into()));
     }
-    Ok((stream, uffd))
+    Ok(Served::ByPeer { door: None, _connection: stream, _uffd: uffd })
 }

@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use kvm_ioctls::VcpuExit;
@@ -25,6 +25,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::devices::{GuestEnd, Ports};
 use crate::error::VmError;
 use crate::kvm::{Answer, Kick, Stopped, Vcpu};
+use crate::threads::vcpu_thread;
 
 /// How the guest ended, once it has.
 #[derive(Debug)]
@@ -107,12 +108,12 @@ impl Running {
     ) -> io::Result<Self> {
         let kicks: Arc<[Arc<Kick>]> = vcpus.iter().map(|vcpu| vcpu.kick().clone()).collect();
         let (mut threads, mut seats) = (Vec::new(), Vec::<SyncSender<Vcpu>>::new());
-        for number in 0..vcpus.len() {
+        for number in (0..).take(vcpus.len()) {
             let (seat, vcpu) = sync_channel(1);
             let thread =
                 Thread { vcpu, ports: ports.clone(), end: end.clone(), kicks: kicks.clone() };
             // Threads without a vCPU end as soon as the seats are gone.
-            let spawned = Builder::new().name(format!("vcpu-{number}")).spawn(|| thread.run())?;
+            let spawned = vcpu_thread(number).spawn(|| thread.run())?;
             threads.push(spawned);
             seats.push(seat);
         }

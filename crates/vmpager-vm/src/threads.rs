@@ -2,6 +2,7 @@
 //! same checks, through the mapping the guest would have.
 
 use std::ops::Range;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use vmpager_sys::memory::Mapping;
@@ -34,6 +35,11 @@ pub(crate) fn checksum_at(memory: &Mapping, page: u64) -> u64 {
     checksum(&bytes)
 }
 
+/// A thread to be a vCPU, with a name by which pagers tell it from others.
+pub(crate) fn vcpu_thread(vcpu: u64) -> Builder {
+    Builder::new().name(format!("vcpu-{vcpu}"))
+}
+
 /// What one thread saw.
 struct Round {
     started: Instant,
@@ -55,7 +61,11 @@ pub(crate) fn work(
         let threads: Vec<_> = split(0..pages.len() as u64, to_usize(layout.vcpus))
             .into_iter()
             .map(|part| &pages[to_usize(part.start)..to_usize(part.end)])
-            .map(|part| scope.spawn(move || round(memory, layout, part, write_every)))
+            .zip(0..)
+            .map(|(part, vcpu)| {
+                let round = move || round(memory, layout, part, write_every);
+                vcpu_thread(vcpu).spawn_scoped(scope, round).expect("a thread for each vCPU")
+            })
             .collect();
         threads.into_iter().map(|t| t.join().expect("no panic in a round")).collect()
     });

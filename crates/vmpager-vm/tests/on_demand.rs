@@ -45,7 +45,7 @@ fn spawn_pager(socket: &Path, memory_file: PathBuf, page: u64) -> JoinHandle<Ser
             let is_closed = !fds[1].revents().is_empty();
             uffd.read(&mut messages).unwrap();
             for message in messages.drain() {
-                let Message::Fault { address, flags } = message else { panic!("{message:?}") };
+                let Message::Fault { address, flags, .. } = message else { panic!("{message:?}") };
                 let address = address / page * page;
                 writes += flags & 1; // UFFD_PAGEFAULT_FLAG_WRITE
                 file.read_exact_at(&mut bytes, address - base).unwrap();

@@ -4,6 +4,10 @@
 //! no reply. (`docs/snapshotting/handling-page-faults-on-snapshot-resume.md` in
 //! Firecracker's tree; releases from 1.7 on.)
 //!
+//! A VMM whose memory lies in memfds may say so, for other processes to have it
+//! too: each region then has `memfd`, which of the descriptors after the
+//! userfaultfd it lies in, `memfd_offset`, where in it, and `gpa_start`.
+//!
 //! The array may arrive in pieces and further arrays may follow, so the bytes
 //! are collected in an [`Inbox`] until they make a message. All of it comes
 //! from outside: sizes are limited, unknown fields are ignored, and every
@@ -71,12 +75,50 @@ pub enum HandshakeError {
         /// Which region.
         index: usize,
     },
+    /// A region does not say all there is to say of memory in a memfd.
+    #[error(
+        "region {index}: {field} is missing; regions whose memory lies in memfds have memfd and \
+         gpa_start, all of them"
+    )]
+    Memfd {
+        /// Which region.
+        index: usize,
+        /// The field it lacks.
+        field: &'static str,
+    },
     /// The message came without a descriptor.
     #[error(
         "the handshake came without a descriptor; the userfaultfd must be attached to the \
-         message as SCM_RIGHTS"
+         message as SCM_RIGHTS, and the memfds after it"
     )]
     NoDescriptor,
+}
+
+/// A whole handshake.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Handshake {
+    /// The memory.
+    pub slots: Vec<Slot>,
+    /// Where each of them can be had by other processes; empty if none can.
+    pub memfds: Vec<InMemfd>,
+}
+
+impl Handshake {
+    /// How many descriptors belong to it: the userfaultfd and the memfds.
+    pub fn descriptors(&self) -> usize {
+        self.memfds.iter().map(|at| at.memfd + 1).max().unwrap_or(0) + 1
+    }
+}
+
+/// Where a region's memory lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InMemfd {
+    /// Guest-physical address of its first byte.
+    pub gpa: u64,
+    /// Which of the descriptors after the userfaultfd it lies in.
+    pub memfd: usize,
+    /// Where in it, in bytes.
+    pub offset: u64,
 }
 
 /// A region as Firecracker describes it. Fields it does not have here are
@@ -91,6 +133,10 @@ struct Region {
     /// Bytes too, despite its name. 1.7 to the end of 1.x.
     page_size_kib: Option<u64>,
     is_guest_memfd: Option<bool>,
+    /// Guest-physical address.
+    gpa_start: Option<u64>,
+    memfd: Option<u8>,
+    memfd_offset: Option<u64>,
 }
 
 impl Region {
@@ -119,6 +165,13 @@ impl Region {
             source_offset: self.offset,
             page_size: self.page_size(index)?,
         })
+    }
+
+    fn in_memfd(&self, index: usize) -> Result<InMemfd, HandshakeError> {
+        let missing = |field| HandshakeError::Memfd { index, field };
+        let memfd = self.memfd.ok_or(missing("memfd"))?.into();
+        let gpa = self.gpa_start.ok_or(missing("gpa_start"))?;
+        Ok(InMemfd { gpa, memfd, offset: self.memfd_offset.unwrap_or(0) })
     }
 }
 
@@ -149,12 +202,12 @@ impl Inbox {
         !self.bytes.iter().all(u8::is_ascii_whitespace)
     }
 
-    /// The next whole message, as slots; `None` if it has not arrived yet.
+    /// The next whole message; `None` if it has not arrived yet.
     ///
     /// # Errors
     ///
     /// If what arrived cannot become a valid message.
-    pub fn next_message(&mut self) -> Result<Option<Vec<Slot>>, HandshakeError> {
+    pub fn next_message(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         let mut stream = serde_json::Deserializer::from_slice(&self.bytes).into_iter();
         let regions: Vec<Region> = match stream.next() {
             None => return Ok(None),
@@ -172,8 +225,13 @@ impl Inbox {
         if regions.len() > MAX_REGIONS {
             return Err(HandshakeError::TooManyRegions(regions.len()));
         }
-        let slots = regions.iter().enumerate().map(|(index, region)| region.slot(index));
-        slots.collect::<Result<_, _>>().map(Some)
+        let each = || regions.iter().enumerate();
+        let slots = each().map(|(index, region)| region.slot(index)).collect::<Result<_, _>>()?;
+        let memfds = match regions.iter().any(|region| region.memfd.is_some()) {
+            true => each().map(|(i, region)| region.in_memfd(i)).collect::<Result<_, _>>()?,
+            false => Vec::new(),
+        };
+        Ok(Some(Handshake { slots, memfds }))
     }
 }
 
@@ -181,10 +239,15 @@ impl Inbox {
 mod tests {
     use super::*;
 
-    fn parse(json: &str) -> Result<Option<Vec<Slot>>, HandshakeError> {
+    fn parse(json: &str) -> Result<Option<Handshake>, HandshakeError> {
         let mut inbox = Inbox::default();
         inbox.push(json.as_bytes())?;
         inbox.next_message()
+    }
+
+    /// Slots that only their process can map.
+    fn private(slots: Vec<Slot>) -> Option<Handshake> {
+        Some(Handshake { slots, memfds: Vec::new() })
     }
 
     fn slot(hva: u64, len: u64, source_offset: u64, page_size: PageSize) -> Slot {
@@ -205,7 +268,7 @@ mod tests {
             (r#","page_size":4096,"gpa_start":0,"is_guest_memfd":false"#, PageSize::Size4K),
         ] {
             let slots = parse(&format!("[{{{base}{extra}}}]")).expect(extra);
-            assert_eq!(slots, Some(expected(size)), "{extra}");
+            assert_eq!(slots, private(expected(size)), "{extra}");
         }
     }
 
@@ -218,8 +281,22 @@ mod tests {
             inbox.push(&[byte]).expect("short");
         }
         assert!(inbox.is_partial());
-        assert_eq!(inbox.next_message().expect("whole").map(|s| s.len()), Some(1));
+        assert_eq!(inbox.next_message().expect("whole").map(|h| h.slots.len()), Some(1));
         assert!(!inbox.is_partial());
+    }
+
+    #[test]
+    fn memory_in_memfds_says_where() {
+        let region = |extra: &str| {
+            format!(r#"{{"base_host_virt_addr":4096,"size":4096,"offset":0{extra}}}"#)
+        };
+        let first = region(r#","gpa_start":0,"memfd":1"#);
+        let other = region(r#","gpa_start":4294967296,"memfd":0,"memfd_offset":8192"#);
+        let handshake = parse(&format!("[{first},{other}]")).expect("valid").expect("whole");
+        assert_eq!(handshake.memfds[0], InMemfd { gpa: 0, memfd: 1, offset: 0 });
+        assert_eq!(handshake.memfds[1], InMemfd { gpa: 1 << 32, memfd: 0, offset: 8192 });
+        assert_eq!(handshake.descriptors(), 3);
+        assert_eq!(Handshake::default().descriptors(), 1);
     }
 
     #[test]
@@ -246,6 +323,14 @@ mod tests {
             (region(r#","page_size_kib":4"#), vec!["page_size_kib", "4", "bytes"]),
             (region(r#","page_size":4096,"page_size_kib":4"#), vec!["must agree"]),
             (region(r#","is_guest_memfd":true"#), vec!["is_guest_memfd", "Restore"]),
+            (region(r#","memfd":0"#), vec!["region 0", "gpa_start is missing"]),
+            (region(r#","memfd":256,"gpa_start":0"#), vec!["256"]),
+            (
+                r#"[{"base_host_virt_addr":0,"size":1,"offset":0,"gpa_start":0,"memfd":0},
+                    {"base_host_virt_addr":0,"size":1,"offset":0}]"#
+                    .into(),
+                vec!["region 1", "memfd is missing"],
+            ),
         ] {
             let error = parse(&json).expect_err(&json).to_string();
             for word in words {

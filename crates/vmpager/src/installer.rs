@@ -92,7 +92,10 @@ impl Installer {
             if !self.shared.is_frozen() && self.shared.pages.still_claimed(run).next() == Some(run)
             {
                 match self.shared.uffd.copy(hva.0, src, range.len).stop {
-                    None => return self.installed(run, Resolution::Installed),
+                    None => {
+                        self.shared.count_brought(Some(range.len));
+                        return self.installed(run, Resolution::Installed);
+                    }
                     Some(Stop::Present) if is_base(range) => {
                         return self.found_present(run, hva, range);
                     }
@@ -136,7 +139,10 @@ impl Installer {
                 return self.hand_over(run);
             }
             match self.shared.uffd.copy(hva.0, zeroes.as_ptr() as usize, range.len).stop {
-                None => return self.installed(run, Resolution::Installed),
+                None => {
+                    self.shared.count_brought(None);
+                    return self.installed(run, Resolution::Installed);
+                }
                 Some(Stop::Present) if is_base(range) => {
                     return self.found_present(run, hva, range);
                 }

@@ -11,12 +11,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use vmpager_core::prefetch::NeighbourPolicy;
 use vmpager_core::{Hva, PageSize, PageSource, Slot, SlotError, SlotSet, SourceError};
-use vmpager_sys::memfd::read_only;
 use vmpager_sys::memory::GuestRange;
 use vmpager_sys::peer::own_pidfd;
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 
-use crate::attach::{Door, PAGER, QueueOwner, ShareError, SharedRegion, Wares, describe, table};
+use crate::attach::{Door, ShareError, SharedRegion, Stock, Wares};
 use crate::installer::Installer;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served, page_map_words};
@@ -216,7 +215,7 @@ impl PagerBuilder {
         let regions = slots.clone();
         let slots = SlotSet::new(&slots, self.source.len())?;
         let words = page_map_words(&slots)?;
-        let uffd = Userfaultfd::open(Features::EVENT_REMOVE)?;
+        let uffd = Userfaultfd::open(Features::EVENT_REMOVE.union(Features::THREAD_ID))?;
         let memory = MemoryId(NEXT.fetch_add(1, Ordering::Relaxed));
         let (tell, events) = crossbeam_channel::unbounded();
         let doorbell = Arc::new(doorbell()?);
@@ -235,6 +234,7 @@ impl PagerBuilder {
             })?;
         }
         let mut served = Served::new(memory, uffd, slots, words, &*self.source, &self.options)
+            .of_process(rustix::process::getpid().as_raw_pid())
             .keeping(self.regions.into_iter().map(|(range, _, _)| range).collect());
         if self.options.huge_pages {
             served = served.making_huge_pages(own_pidfd()?);
@@ -291,29 +291,23 @@ impl Pager {
     /// If the regions cannot be shared, the memory is served no longer or is
     /// shared already, or the socket cannot be had.
     pub fn share(&self, path: &Path, regions: &[SharedRegion]) -> Result<Door, ShareError> {
-        let (regions, memfds) = describe(&self.slots, regions)?;
         let (to, shared) = crossbeam_channel::bounded(1);
         self.worker.tell(Command::Share(self.memory, to));
         let gone = || ShareError::Memory("it is served no longer".into());
         let shared = shared.recv().map_err(|_| gone())?;
-        let map = shared.pages.map();
-        let slots = table(&regions);
-        map.describe(&slots);
-        let wares = Wares {
+        let stock = Stock {
             memory: self.memory,
             worker: self.worker.teller().clone(),
-            slots: self.slots.clone(),
+            slots: &self.slots,
             source_len: self.source.len(),
-            regions,
-            memfds,
-            map: read_only(map.storage().memfd())?,
+            map: shared.pages.map(),
         };
-        let queue = QueueOwner::new()?;
+        let (wares, reader, table) = Wares::new(&stock, regions)?;
         let (to, done) = crossbeam_channel::bounded(1);
-        let open = Sharing::Open(Box::new((queue.reader(PAGER)?, slots)), to);
+        let open = Sharing::Open(Box::new((reader, table)), to);
         self.worker.tell(Command::Sharing(self.memory, open));
         done.recv().map_err(|_| gone())?.map_err(ShareError::Memory)?;
-        Door::open(path, wares, queue)
+        Door::open(path, wares)
     }
 
     /// Keeps everybody from writing to the memory, in every process: when this

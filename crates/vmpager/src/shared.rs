@@ -2,7 +2,7 @@
 //! ([`Installer`](crate::installer::Installer)): the pages, the userfaultfd,
 //! a gate for removals, and a way to wait.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{
     Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
@@ -35,6 +35,9 @@ pub(crate) struct Shared {
     frozen: AtomicBool,
     /// Other processes wait for pages, or may.
     awaited: AtomicBool,
+    /// What installers have brought: pages from the source, their bytes, zero
+    /// pages.
+    brought: [AtomicU64; 3],
     waiters: AtomicU32,
     sleep: Mutex<()>,
     changed: Condvar,
@@ -49,6 +52,7 @@ impl Shared {
             serving: AtomicU8::new(Serving::Yes as u8),
             frozen: AtomicBool::new(false),
             awaited: AtomicBool::new(false),
+            brought: Default::default(),
             waiters: AtomicU32::new(0),
             sleep: Mutex::new(()),
             changed: Condvar::new(),
@@ -85,6 +89,26 @@ impl Shared {
     pub(crate) fn is_awaited(&self) -> bool {
         fence(Ordering::SeqCst);
         self.awaited.load(Ordering::SeqCst)
+    }
+
+    /// An installer has brought a page of so many bytes; None for a zero page.
+    pub(crate) fn count_brought(&self, bytes: Option<u64>) {
+        let [pages, of_source, zeroes] = &self.brought;
+        match bytes {
+            Some(bytes) => {
+                pages.fetch_add(1, Ordering::Relaxed);
+                of_source.fetch_add(bytes, Ordering::Relaxed);
+            }
+            None => {
+                zeroes.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// What installers have brought so far: pages from the source, their bytes,
+    /// zero pages.
+    pub(crate) fn brought(&self) -> [u64; 3] {
+        self.brought.each_ref().map(|count| count.load(Ordering::Relaxed))
     }
 
     pub(crate) fn serving(&self) -> Serving {

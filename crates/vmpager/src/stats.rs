@@ -35,8 +35,12 @@ impl std::fmt::Display for EndReason {
 pub(crate) struct Counters {
     pub(crate) started: Instant,
     pub(crate) faults: u64,
+    pub(crate) faults_vcpu: u64,
+    pub(crate) faults_vmm: u64,
+    pub(crate) faults_kernel: u64,
     pub(crate) faults_attached: u64,
     pub(crate) faults_queued: u64,
+    pub(crate) faults_exit: u64,
     pub(crate) joined: u64,
     pub(crate) confirmed: u64,
     pub(crate) retried: u64,
@@ -60,8 +64,12 @@ impl Counters {
         Self {
             started: Instant::now(),
             faults: 0,
+            faults_vcpu: 0,
+            faults_vmm: 0,
+            faults_kernel: 0,
             faults_attached: 0,
             faults_queued: 0,
+            faults_exit: 0,
             joined: 0,
             confirmed: 0,
             retried: 0,
@@ -76,6 +84,15 @@ impl Counters {
             fill_took: None,
             stalls: stalls.expect("the bounds are in order"),
         }
+    }
+
+    /// Adds what installers beside the worker have brought: pages from the
+    /// source, their bytes, zero pages.
+    pub(crate) fn brought_by_installers(&mut self, [pages, bytes, zeroes]: [u64; 3]) {
+        self.faults_exit += pages + zeroes;
+        self.pages_demand += pages;
+        self.bytes_read += bytes;
+        self.pages_zero += zeroes;
     }
 
     /// So many faults that were read at `since` have their pages.
@@ -99,15 +116,30 @@ pub struct SessionSummary {
     pub regions: u64,
     /// Bytes in them.
     pub memory_bytes: u64,
-    /// Faults read from the kernel.
+    /// Faults the pager served, however they came.
     pub faults: u64,
+    /// Of them, those of threads of vCPUs. Like the next two, 0 where the VMM's
+    /// userfaultfd does not name threads (`UFFD_FEATURE_THREAD_ID`).
+    #[serde(default)]
+    pub faults_vcpu: u64,
+    /// Of them, those of the VMM's other threads.
+    #[serde(default)]
+    pub faults_vmm: u64,
+    /// Of them, those of the kernel's own threads, on the VM's behalf.
+    #[serde(default)]
+    pub faults_kernel: u64,
     /// Of them, those of other processes that map the memory (see
     /// [`attach`](crate::attach)).
     #[serde(default)]
     pub faults_attached: u64,
-    /// Of them, those that came by the fault queue.
+    /// Of them, those that came by the fault queue: exits of vCPUs whose pager
+    /// is another process, and others who must not wait in the kernel.
     #[serde(default)]
     pub faults_queued: u64,
+    /// Beside them, exits of vCPUs whose threads installed the page themselves
+    /// ([`Installer`](crate::Installer)).
+    #[serde(default)]
+    pub faults_exit: u64,
     /// Of them, those whose page was in flight already.
     pub faults_joined: u64,
     /// Of them, those whose page was in place already, or given back unseen.
@@ -165,8 +197,12 @@ impl Tally {
         let (to, from) = (&mut self.totals, &end.counters);
         to.started = to.started.min(from.started);
         to.faults += from.faults;
+        to.faults_vcpu += from.faults_vcpu;
+        to.faults_vmm += from.faults_vmm;
+        to.faults_kernel += from.faults_kernel;
         to.faults_attached += from.faults_attached;
         to.faults_queued += from.faults_queued;
+        to.faults_exit += from.faults_exit;
         to.joined += from.joined;
         to.confirmed += from.confirmed;
         to.retried += from.retried;
@@ -200,8 +236,12 @@ impl Tally {
             regions: self.regions,
             memory_bytes: self.memory_bytes,
             faults: totals.faults,
+            faults_vcpu: totals.faults_vcpu,
+            faults_vmm: totals.faults_vmm,
+            faults_kernel: totals.faults_kernel,
             faults_attached: totals.faults_attached,
             faults_queued: totals.faults_queued,
+            faults_exit: totals.faults_exit,
             faults_joined: totals.joined,
             faults_confirmed: totals.confirmed,
             retries: totals.retried,

@@ -422,7 +422,10 @@ impl Worker {
 
     fn take_in(&mut self, memory: Served) {
         let id = memory.id();
-        if let Err(error) = watch(&self.epoll, memory.events(), id.0) {
+        let watched = std::iter::once(memory.events())
+            .chain(memory.outside_events())
+            .try_for_each(|fd| watch(&self.epoll, fd, id.0));
+        if let Err(error) = watched {
             let numbers = Box::new(memory.numbers());
             let reason = EndReason::Failed(format!("watching the userfaultfd: {error}"));
             let held = Some(Box::new(memory));

@@ -39,8 +39,8 @@ pub(crate) fn run(args: &NaiveArgs) -> anyhow::Result<()> {
     let mut inbox = Inbox::default();
     let mut fds: Vec<OwnedFd> = Vec::new();
     let slots = loop {
-        if let Some(slots) = inbox.next_message()? {
-            break SlotSet::new(&slots, map.len())?;
+        if let Some(handshake) = inbox.next_message()? {
+            break SlotSet::new(&handshake.slots, map.len())?;
         }
         poll(&mut [PollFd::new(&socket, PollFlags::IN)], None)?;
         let mut bytes = [0; 4096];

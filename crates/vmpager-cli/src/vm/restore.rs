@@ -1,6 +1,6 @@
 //! `vmpager vm restore`: a saved VM runs on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -43,12 +43,18 @@ pub(crate) struct RestoreArgs {
     /// without it, this process brings it.
     #[arg(long, value_name = "SOCKET")]
     pager: Option<PathBuf>,
+    /// Have guest memory in a memfd and give that to the pager, too, so that
+    /// other processes can take part in it: DIR is the pager's own --attach,
+    /// where they come to.
+    #[arg(long, value_name = "DIR", requires = "pager", conflicts_with = "huge_pages")]
+    attach: Option<PathBuf>,
     /// While nobody waits, bring in memory that was not touched; a pager has a
     /// switch of its own for that.
     #[arg(long, conflicts_with = "pager")]
     background_fill: bool,
-    /// How a vCPU's fault gets to the pager in this process.
-    #[arg(long, value_enum, default_value_t = DeliveryArg::Uffd, conflicts_with = "pager")]
+    /// How a vCPU's fault gets to the pager. Exit needs a pager in this process,
+    /// or --attach.
+    #[arg(long, value_enum, default_value_t = DeliveryArg::Uffd)]
     delivery: DeliveryArg,
     /// What makes a vCPU exit on a missing page, with --delivery exit [default:
     /// view].
@@ -81,7 +87,8 @@ enum MemoryMode {
 enum DeliveryArg {
     /// The vCPU waits in the kernel; a userfaultfd tells the pager's thread.
     Uffd,
-    /// The vCPU leaves the guest, and its own thread installs the page.
+    /// The vCPU leaves the guest, and its own thread installs the page, or asks
+    /// the pager for it.
     Exit,
     /// Whichever of the two is the cheaper one here, by a few faults on a VM made for
     /// the purpose. That takes about a millisecond.
@@ -153,6 +160,28 @@ pub(super) fn run(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
     session.run()?.report(args.json)
 }
 
+fn by_pager(args: &RestoreArgs, socket: &Path) -> anyhow::Result<RestoreMemory> {
+    let socket = socket.to_path_buf();
+    Ok(match (&args.attach, args.delivery) {
+        (None, DeliveryArg::Uffd) => {
+            RestoreMemory::OnDemand { socket, huge_pages: args.huge_pages }
+        }
+        (_, DeliveryArg::Auto) => {
+            bail!("--delivery auto is for a pager in this process; with --pager, choose")
+        }
+        (None, DeliveryArg::Exit) => {
+            bail!(
+                "--delivery exit with --pager needs --attach: vCPUs ask for pages at the \
+                 pager's door (vmpager serve --attach DIR)"
+            )
+        }
+        (Some(_), DeliveryArg::Uffd) => RestoreMemory::Shared { socket, exits: None },
+        (Some(doors), DeliveryArg::Exit) => {
+            RestoreMemory::Shared { socket, exits: Some(doors.clone()) }
+        }
+    })
+}
+
 fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
     if args.memory_mode != MemoryMode::OnDemand
         && let Some(option) = args.on_demand_option()
@@ -162,9 +191,7 @@ fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
         bail!("{option} needs --memory-mode on-demand; with {mode} nothing is left to bring")
     }
     Ok(match (args.memory_mode, &args.pager) {
-        (MemoryMode::OnDemand, Some(socket)) => {
-            RestoreMemory::OnDemand { socket: socket.clone(), huge_pages: args.huge_pages }
-        }
+        (MemoryMode::OnDemand, Some(socket)) => by_pager(args, socket)?,
         (MemoryMode::OnDemand, None) => RestoreMemory::InProcess {
             background_fill: args.background_fill,
             delivery: args.delivery()?,

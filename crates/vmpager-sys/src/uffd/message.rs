@@ -14,6 +14,10 @@ pub enum Message {
         address: u64,
         /// `UFFD_PAGEFAULT_FLAG_*`.
         flags: u64,
+        /// The thread that waits, by the number it has in its own process's PID
+        /// namespace; 0 unless [`THREAD_ID`](super::Features::THREAD_ID) was
+        /// negotiated.
+        thread: u32,
     },
     /// The pages of a range were given back (`MADV_DONTNEED`, `MADV_REMOVE`)
     /// or, with `unmapped`, the mapping itself is gone.
@@ -57,7 +61,12 @@ impl Message {
             u64::from_ne_bytes(eight)
         };
         match u32::from(bytes[0]) {
-            raw::UFFD_EVENT_PAGEFAULT => Self::Fault { flags: word(1), address: word(2) },
+            raw::UFFD_EVENT_PAGEFAULT => {
+                let mut four = [0; 4];
+                four.copy_from_slice(&bytes[24..28]);
+                let thread = u32::from_ne_bytes(four);
+                Self::Fault { flags: word(1), address: word(2), thread }
+            }
             raw::UFFD_EVENT_REMOVE => {
                 Self::Remove { start: word(1), end: word(2), unmapped: false }
             }

@@ -14,6 +14,7 @@ use super::state::KvmState;
 use super::vcpu::{Answer, Stopped, Vcpu};
 use crate::error::VmError;
 use crate::layout::Layout;
+use crate::threads::vcpu_thread;
 
 /// When a round's first and last events came.
 #[derive(Clone, Copy, Debug)]
@@ -61,12 +62,11 @@ impl Builtin {
 
     /// Runs one round of the program on every vCPU, each on a thread of its own.
     pub(crate) fn run(&mut self) -> Result<Vec<Round>, VmError> {
-        if let [only] = &mut self.0.vcpus[..] {
-            return Ok(vec![round(only)?]);
-        }
         std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                self.0.vcpus.iter_mut().map(|vcpu| scope.spawn(|| round(vcpu))).collect();
+            let threads = self.0.vcpus.iter_mut().map(|vcpu| {
+                vcpu_thread(vcpu.id).spawn_scoped(scope, || round(vcpu)).map_err(VmError::Thread)
+            });
+            let threads = threads.collect::<Result<Vec<_>, _>>()?;
             threads.into_iter().map(|t| t.join().expect("no panic in a vCPU thread")).collect()
         })
     }

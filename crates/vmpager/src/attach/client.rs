@@ -5,16 +5,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmpager_core::{LoadWords, MapError, PresentBits};
+use vmpager_core::MapError;
 use vmpager_sys::memory::{GuestRange, Mapping};
-use vmpager_sys::shared::ReadOnlyWords;
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 
-use super::protocol::{Frame, Inbox, ReceiveError, Region, send};
-use super::queue::{FaultClient, FaultReader, WaitError};
+use super::asker::{Page, RemotePages};
+use super::offer::{Offer, answer, unexpected};
+use super::protocol::{Frame, ReceiveError, Region};
+use super::queue::{FaultReader, WaitError};
 
 /// Why a process could not take part.
 #[derive(Debug, thiserror::Error)]
@@ -55,9 +55,6 @@ impl From<ReceiveError> for AttachError {
     }
 }
 
-/// How long the pager may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-
 /// A region of guest memory, mapped into this process.
 #[derive(Clone, Debug)]
 pub struct AttachedRegion {
@@ -65,32 +62,6 @@ pub struct AttachedRegion {
     pub gpa: u64,
     /// Where it is.
     pub memory: Arc<Mapping>,
-}
-
-/// What is known of a page without touching it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Page {
-    /// In place.
-    Present,
-    /// Touching it waits until the pager has brought it.
-    Missing,
-    /// It cannot be had: touching it is a SIGBUS.
-    Poisoned,
-}
-
-/// The page map of another process.
-#[derive(Debug)]
-struct MapWords(ReadOnlyWords);
-
-impl LoadWords for MapWords {
-    fn count(&self) -> usize {
-        self.0.count()
-    }
-
-    #[inline]
-    fn load(&self, index: usize) -> Option<u64> {
-        self.0.load(index)
-    }
 }
 
 /// A process's part in a memory that a pager serves.
@@ -106,8 +77,10 @@ impl LoadWords for MapWords {
 #[derive(Debug)]
 pub struct Attached {
     regions: Vec<AttachedRegion>,
-    map: PresentBits<MapWords>,
-    faults: FaultClient,
+    memfds: Vec<OwnedFd>,
+    /// The regions as the pager described them.
+    layout: Vec<Region>,
+    pages: RemotePages,
     link: Arc<Link>,
 }
 
@@ -115,7 +88,7 @@ pub struct Attached {
 #[derive(Debug)]
 struct Link {
     socket: UnixStream,
-    _uffd: Userfaultfd,
+    uffd: Arc<Userfaultfd>,
 }
 
 impl Drop for Attached {
@@ -136,28 +109,41 @@ impl Attached {
     ///
     /// If there is no pager, it refuses, or this user may have no userfaultfd.
     pub fn connect(path: &Path) -> Result<Self, AttachError> {
-        let Offer { socket, mut inbox, regions, fds } = Offer::ask(path)?;
-        let (map, faults) = fds.shared()?;
-        let uffd = Userfaultfd::open(Features::EVENT_REMOVE)?;
-        let mut mapped = Vec::with_capacity(regions.len());
-        let mut addresses = Vec::with_capacity(regions.len());
-        for region in &regions {
-            let memfd = usize::try_from(region.memfd).ok().and_then(|at| fds.memfds.get(at));
+        let mut offer = Offer::ask(path)?;
+        let uffd = Arc::new(Userfaultfd::open(Features::EVENT_REMOVE)?);
+        let mut mapped = Vec::with_capacity(offer.regions.len());
+        for region in &offer.regions {
+            let memfd = usize::try_from(region.memfd).ok().and_then(|at| offer.memfds.get(at));
             let memfd = memfd.ok_or_else(|| answer("a region without a memfd"))?;
             let memory = map_region(memfd.as_fd(), region)?;
             uffd.register_missing(&GuestRange::of_mapping(&memory))
                 .map_err(|error| AttachError::Memory { what: "registering guest memory", error })?;
-            addresses.push(memory.hva());
             mapped.push(AttachedRegion { gpa: region.gpa, memory });
         }
-        send(&socket, &Frame::View(addresses), &[uffd.as_fd()])
-            .map_err(|error| answer(&error.to_string()))?;
-        match receive(&socket, &mut inbox)? {
-            (Frame::Serving, _) => {}
-            (other, _) => return Err(unexpected(other)),
+        let (pages, link) = join(&mut offer, &mapped, uffd)?;
+        let Offer { regions: layout, memfds, .. } = offer;
+        Ok(Self { regions: mapped, memfds, layout, pages, link })
+    }
+
+    /// Takes part once more, after the pager has ended: with another one that
+    /// serves the same memory, at `path`. Whoever waited for a page all the
+    /// while is served.
+    ///
+    /// # Errors
+    ///
+    /// If there is no pager, it refuses, or the memory is another.
+    pub fn reconnect(&mut self, path: &Path) -> Result<(), AttachError> {
+        let mut offer = Offer::ask(path)?;
+        let is_same = |(a, b)| vmpager_sys::memfd::is_same(a, b).unwrap_or(false);
+        if offer.regions != self.layout
+            || offer.memfds.len() != self.memfds.len()
+            || !offer.memfds.iter().zip(&self.memfds).all(is_same)
+        {
+            return Err(answer("it serves another memory than the one mapped here"));
         }
-        let link = Arc::new(Link { socket, _uffd: uffd });
-        Ok(Self { regions: mapped, map, faults, link })
+        let (pages, link) = join(&mut offer, &self.regions, self.link.uffd.clone())?;
+        (self.pages, self.link) = (pages, link);
+        Ok(())
     }
 
     /// The memory.
@@ -169,8 +155,7 @@ impl Attached {
     /// there is no memory. Asks nobody.
     #[inline]
     pub fn page(&self, gpa: u64) -> Option<Page> {
-        let page = self.map.page_at(gpa)?;
-        Some(look(&self.map, page))
+        self.pages.page(gpa)
     }
 
     /// Has a page brought without touching it, and without waiting.
@@ -179,7 +164,7 @@ impl Attached {
     ///
     /// If the queue is full or disabled.
     pub fn request(&self, gpa: u64) -> Result<(), WaitError> {
-        self.faults.request(gpa >> 12)
+        self.pages.request(gpa)
     }
 
     /// Waits for a page without touching it: until it is in place or known to
@@ -189,25 +174,12 @@ impl Attached {
     ///
     /// Why it is not in place, nor lost.
     pub fn wait(&self, gpa: u64, limit: Option<Duration>) -> Result<Page, WaitError> {
-        let page = self.map.page_at(gpa).ok_or(WaitError::Gfn(gpa >> 12))?;
-        let settled = || look(&self.map, page) != Page::Missing;
-        self.faults.wait(gpa >> 12, limit, settled)?;
-        Ok(look(&self.map, page))
+        self.pages.wait(gpa, limit)
     }
 
     /// Readable once the pager has ended: no page will come any more.
     pub fn pager(&self) -> BorrowedFd<'_> {
         self.link.socket.as_fd()
-    }
-}
-
-fn look(map: &PresentBits<MapWords>, page: u64) -> Page {
-    if map.is_present(page) {
-        Page::Present
-    } else if map.is_poisoned(page) {
-        Page::Poisoned
-    } else {
-        Page::Missing
     }
 }
 
@@ -220,63 +192,34 @@ impl FaultReader {
     ///
     /// If there is no pager or it refuses.
     pub fn connect(path: &Path) -> Result<(Self, UnixStream), AttachError> {
-        let Offer { socket, mut inbox, fds, .. } = Offer::ask(path)?;
-        send(&socket, &Frame::Reader, &[]).map_err(|error| answer(&error.to_string()))?;
-        let id = match receive(&socket, &mut inbox)? {
-            (Frame::ReaderId(id), _) => id.into(),
-            (other, _) => return Err(unexpected(other)),
+        let mut offer = Offer::ask(path)?;
+        let id = match offer.accept(&Frame::Reader, &[])? {
+            Frame::ReaderId(id) => id.into(),
+            other => return Err(unexpected(other)),
         };
-        let reader = Self::open(fds.queue, fds.bell, id)
+        let Offer { socket, queue, bell, .. } = offer;
+        let reader = Self::open(queue, bell, id)
             .map_err(|error| AttachError::Memory { what: "mapping the fault queue", error })?;
         Ok((reader, socket))
     }
 }
 
-/// What the pager offers.
-struct Offer {
-    socket: UnixStream,
-    inbox: Inbox,
-    regions: Vec<Region>,
-    fds: Fds,
-}
-
-struct Fds {
-    map: OwnedFd,
-    queue: OwnedFd,
-    bell: OwnedFd,
-    memfds: Vec<OwnedFd>,
-}
-
-impl Offer {
-    fn ask(path: &Path) -> Result<Self, AttachError> {
-        let socket = UnixStream::connect(path)
-            .map_err(|error| AttachError::Connect { path: path.into(), error })?;
-        let mut inbox = Inbox::default();
-        send(&socket, &Frame::Hello, &[]).map_err(|error| answer(&error.to_string()))?;
-        let (regions, fds) = match receive(&socket, &mut inbox)? {
-            (Frame::Memory(regions), fds) => (regions, fds),
-            (other, _) => return Err(unexpected(other)),
-        };
-        let mut fds = fds.into_iter();
-        let (Some(map), Some(queue), Some(bell)) = (fds.next(), fds.next(), fds.next()) else {
-            return Err(answer("fewer than three descriptors"));
-        };
-        let fds = Fds { map, queue, bell, memfds: fds.collect() };
-        Ok(Self { socket, inbox, regions, fds })
+/// Has the pager serve memory that is mapped and registered.
+fn join(
+    offer: &mut Offer,
+    regions: &[AttachedRegion],
+    uffd: Arc<Userfaultfd>,
+) -> Result<(RemotePages, Arc<Link>), AttachError> {
+    let pages = RemotePages::open(offer)?;
+    let addresses = regions.iter().map(|region| region.memory.hva()).collect();
+    match offer.accept(&Frame::View(addresses), &[uffd.as_fd()])? {
+        Frame::Serving => {}
+        other => return Err(unexpected(other)),
     }
-}
-
-impl Fds {
-    fn shared(&self) -> Result<(PresentBits<MapWords>, FaultClient), AttachError> {
-        let memory = |what| move |error| AttachError::Memory { what, error };
-        let words =
-            ReadOnlyWords::open(self.map.as_fd()).map_err(memory("mapping the page map"))?;
-        let map = PresentBits::open(MapWords(words))?;
-        let queue = [&self.queue, &self.bell].map(OwnedFd::try_clone);
-        let [queue, bell] = queue;
-        let client = queue.and_then(|queue| FaultClient::open(queue, bell?));
-        Ok((map, client.map_err(memory("mapping the fault queue"))?))
-    }
+    let socket = offer.socket.try_clone();
+    let socket =
+        socket.map_err(|error| AttachError::Memory { what: "keeping the connection", error })?;
+    Ok((pages, Arc::new(Link { socket, uffd })))
 }
 
 fn map_region(memfd: BorrowedFd<'_>, region: &Region) -> Result<Arc<Mapping>, AttachError> {
@@ -288,34 +231,4 @@ fn map_region(memfd: BorrowedFd<'_>, region: &Region) -> Result<Arc<Mapping>, At
     }
     let len = usize::try_from(region.len).map_err(|e| memory(io::Error::other(e)))?;
     Ok(Arc::new(Mapping::file_shared_at(memfd, region.offset, len).map_err(memory)?))
-}
-
-/// The pager's next frame.
-fn receive(socket: &UnixStream, inbox: &mut Inbox) -> Result<(Frame, Vec<OwnedFd>), AttachError> {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(frame) = inbox.receive(socket)? {
-            return Ok(frame);
-        }
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(answer("none came in time"));
-        }
-        let left = Timespec::try_from(left).unwrap_or_default();
-        match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&left)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(answer(&io::Error::from(error).to_string())),
-        }
-    }
-}
-
-fn answer(problem: &str) -> AttachError {
-    AttachError::Answer(problem.into())
-}
-
-fn unexpected(frame: Frame) -> AttachError {
-    match frame {
-        Frame::Refused(why) => AttachError::Refused(why),
-        other => answer(&format!("{other:?}, which was not asked for")),
-    }
 }

@@ -20,14 +20,16 @@ use std::time::{Duration, Instant};
 use rustix::event::{Timespec, epoll};
 use tracing::{info, warn};
 use vmpager_core::queue::MAX_READERS;
-use vmpager_core::{MapSlot, Slot, SlotSet};
+use vmpager_core::{MapSlot, PageMap, Slot, SlotSet};
+use vmpager_sys::memfd::read_only;
 use vmpager_sys::peer::{Peer, is_userfaultfd};
+use vmpager_sys::shared::SharedWords;
 use vmpager_sys::uffd::Userfaultfd;
 
 use super::protocol::{
     Frame, Inbox, MAX_MEMFDS, MAX_REGIONS, ReceiveError, Region, send, view_slots,
 };
-use super::queue::QueueOwner;
+use super::queue::{FaultReader, QueueOwner};
 use crate::daemon::{DaemonError, listen};
 use crate::reads::MemoryId;
 use crate::served::{View, ViewId};
@@ -88,17 +90,55 @@ pub enum ShareError {
 /// What is shared, as a door hands it out.
 #[derive(Debug)]
 pub(crate) struct Wares {
+    queue: Arc<QueueOwner>,
+    memory: MemoryId,
+    worker: Teller,
+    slots: Vec<Slot>,
+    source_len: u64,
+    regions: Vec<Region>,
+    memfds: Vec<Arc<OwnedFd>>,
+    map: OwnedFd,
+}
+
+/// The memory to be shared, as its pager knows it.
+#[derive(Debug)]
+pub(crate) struct Stock<'a> {
     pub(crate) memory: MemoryId,
     pub(crate) worker: Teller,
-    pub(crate) slots: Vec<Slot>,
+    /// In the order of the regions.
+    pub(crate) slots: &'a [Slot],
     pub(crate) source_len: u64,
-    pub(crate) regions: Vec<Region>,
-    pub(crate) memfds: Vec<Arc<OwnedFd>>,
-    pub(crate) map: OwnedFd,
+    pub(crate) map: &'a PageMap<SharedWords>,
+}
+
+impl Wares {
+    /// What is to be handed out of a memory whose regions lie there; and the
+    /// worker's end of its fault queue.
+    pub(crate) fn new(
+        stock: &Stock<'_>,
+        shared: &[SharedRegion],
+    ) -> Result<(Self, FaultReader, Vec<MapSlot>), ShareError> {
+        let (regions, memfds) = describe(stock.slots, shared)?;
+        let table = table(&regions);
+        stock.map.describe(&table);
+        let queue = Arc::new(QueueOwner::new()?);
+        let reader = queue.reader(PAGER)?;
+        let wares = Self {
+            queue,
+            memory: stock.memory,
+            worker: stock.worker.clone(),
+            slots: stock.slots.to_vec(),
+            source_len: stock.source_len,
+            regions,
+            memfds,
+            map: read_only(stock.map.storage().memfd())?,
+        };
+        Ok((wares, reader, table))
+    }
 }
 
 /// The regions as the protocol has them, and their distinct memfds.
-pub(crate) fn describe(
+fn describe(
     slots: &[Slot],
     shared: &[SharedRegion],
 ) -> Result<(Vec<Region>, Vec<Arc<OwnedFd>>), ShareError> {
@@ -146,7 +186,7 @@ pub(crate) fn describe(
 }
 
 /// The regions as the page map's slot table has them.
-pub(crate) fn table(regions: &[Region]) -> Vec<MapSlot> {
+fn table(regions: &[Region]) -> Vec<MapSlot> {
     let mut first_page = 0;
     let slot = |region: &Region| {
         let pages = region.len / region.page_size;
@@ -161,31 +201,14 @@ pub(crate) fn table(regions: &[Region]) -> Vec<MapSlot> {
 /// ([`Attached`](super::Attached)). Closed when dropped: who has come stays.
 #[derive(Debug)]
 pub struct Door {
-    path: PathBuf,
     queue: Arc<QueueOwner>,
-    stop: Arc<OwnedFd>,
-    thread: Option<std::thread::JoinHandle<()>>,
+    _entrance: Entrance,
 }
 
 impl Door {
-    pub(crate) fn open(path: &Path, wares: Wares, queue: QueueOwner) -> Result<Self, ShareError> {
-        let listener = listen(path)?;
-        let stop = Arc::new(doorbell()?);
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
-        watch(&epoll, listener.as_fd(), LISTENER)?;
-        watch(&epoll, stop.as_fd(), STOP)?;
-        let queue = Arc::new(queue);
-        let keeper = Keeper {
-            epoll,
-            listener,
-            wares,
-            queue: queue.clone(),
-            guests: HashMap::new(),
-            next: FIRST_GUEST,
-        };
-        let thread = std::thread::Builder::new().name("vmpager-door".into());
-        let thread = Some(thread.spawn(move || keeper.run())?);
-        Ok(Self { path: path.into(), queue, stop, thread })
+    pub(crate) fn open(path: &Path, wares: Wares) -> Result<Self, ShareError> {
+        let queue = wares.queue.clone();
+        Ok(Self { queue, _entrance: Entrance::open(path, Ok(wares))? })
     }
 
     /// The fault queue of the memory.
@@ -194,7 +217,37 @@ impl Door {
     }
 }
 
-impl Drop for Door {
+/// The socket itself, and the thread that listens there. Closed when dropped.
+#[derive(Debug)]
+pub(crate) struct Entrance {
+    path: PathBuf,
+    stop: Arc<OwnedFd>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Entrance {
+    /// Opens one where memory is to be had, or where it is said why there is
+    /// none.
+    pub(crate) fn open(path: &Path, wares: Result<Wares, String>) -> Result<Self, ShareError> {
+        let listener = listen(path)?;
+        let stop = Arc::new(doorbell()?);
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
+        watch(&epoll, listener.as_fd(), LISTENER)?;
+        watch(&epoll, stop.as_fd(), STOP)?;
+        let (guests, next) = (HashMap::new(), FIRST_GUEST);
+        let keeper = Keeper { epoll, listener, wares, guests, next };
+        let thread = std::thread::Builder::new().name("vmpager-door".into());
+        let thread = Some(thread.spawn(move || keeper.run())?);
+        Ok(Self { path: path.into(), stop, thread })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Entrance {
     fn drop(&mut self) {
         ring(&self.stop);
         if let Some(thread) = self.thread.take() {
@@ -215,7 +268,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The most guests at a time.
 const MAX_GUESTS: usize = 256;
 /// The pager's own number among the readers of the queue.
-pub(crate) const PAGER: u64 = 0;
+const PAGER: u64 = 0;
 
 /// What a guest has become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,6 +276,7 @@ enum Stage {
     Connected,
     Offered,
     Serving(ViewId),
+    Asking,
     Reading(u64),
 }
 
@@ -238,8 +292,8 @@ struct Guest {
 struct Keeper {
     epoll: OwnedFd,
     listener: UnixListener,
-    wares: Wares,
-    queue: Arc<QueueOwner>,
+    /// Or why there are none.
+    wares: Result<Wares, String>,
     guests: HashMap<u64, Guest>,
     next: u64,
 }
@@ -335,19 +389,24 @@ impl Keeper {
     /// Does what a frame asks for, and answers it.
     fn answer(&mut self, id: u64, frame: Frame, fds: Vec<OwnedFd>) -> Result<(), String> {
         let Some(guest) = self.guests.get(&id) else { return Ok(()) };
+        let wares = self.wares.as_ref().map_err(String::clone)?;
         let (stage, frame, fds) = match (guest.stage, frame) {
             (Stage::Connected, Frame::Hello) => {
-                let [queue, bell] = self.queue.descriptors();
-                let memfds = self.wares.memfds.iter().map(|fd| fd.as_fd());
-                let fds = [self.wares.map.as_fd(), queue, bell].into_iter().chain(memfds);
+                let [queue, bell] = wares.queue.descriptors();
+                let memfds = wares.memfds.iter().map(|fd| fd.as_fd());
+                let fds = [wares.map.as_fd(), queue, bell].into_iter().chain(memfds);
                 let fds: Vec<BorrowedFd<'_>> = fds.collect();
-                (Stage::Offered, Frame::Memory(self.wares.regions.clone()), fds)
+                (Stage::Offered, Frame::Memory(wares.regions.clone()), fds)
             }
             (Stage::Offered, Frame::View(addresses)) => {
                 let view = ViewId(id);
-                self.add_view(view, &addresses, fds)?;
+                wares.add_view(view, &addresses, fds)?;
                 info!(pid = guest.pid, "a process takes part");
                 (Stage::Serving(view), Frame::Serving, Vec::new())
+            }
+            (Stage::Offered, Frame::Asks) => {
+                info!(pid = guest.pid, "a process asks by the fault queue");
+                (Stage::Asking, Frame::Serving, Vec::new())
             }
             (Stage::Offered, Frame::Reader) => {
                 let taken = |n: &u64| self.guests.values().any(|g| g.stage == Stage::Reading(*n));
@@ -369,25 +428,6 @@ impl Keeper {
         sent.map_err(|error| format!("answering: {error}"))
     }
 
-    fn add_view(&self, id: ViewId, addresses: &[u64], fds: Vec<OwnedFd>) -> Result<(), String> {
-        let wares = &self.wares;
-        let slots = view_slots(&wares.slots, addresses).ok_or_else(|| {
-            format!("{} addresses for {} regions", addresses.len(), wares.slots.len())
-        })?;
-        let slots = SlotSet::new(&slots, wares.source_len).map_err(|error| error.to_string())?;
-        let [uffd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
-            format!("{} descriptors came; one userfaultfd is expected", fds.len())
-        })?;
-        if !is_userfaultfd(uffd.as_fd()) {
-            return Err("the descriptor is no userfaultfd".into());
-        }
-        let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
-        let view = Box::new(View::new(id, uffd, slots)?);
-        let (to, done) = crossbeam_channel::bounded(1);
-        wares.worker.tell(Command::Sharing(wares.memory, Sharing::AddView(view, to)));
-        done.recv().unwrap_or_else(|_| Err("the pager has ended".into()))
-    }
-
     fn refuse(&mut self, id: u64, problem: &str) {
         if let Some(guest) = self.guests.get(&id) {
             warn!(pid = guest.pid, "refused: {problem}");
@@ -399,15 +439,40 @@ impl Keeper {
     /// A guest has hung up, most likely because it has ended.
     fn gone(&mut self, id: u64) {
         let Some(guest) = self.guests.remove(&id) else { return };
-        let reader = match guest.stage {
+        if let Ok(wares) = &self.wares {
+            wares.left(guest.stage);
+        }
+    }
+}
+
+impl Wares {
+    fn add_view(&self, id: ViewId, addresses: &[u64], fds: Vec<OwnedFd>) -> Result<(), String> {
+        let slots = view_slots(&self.slots, addresses).ok_or_else(|| {
+            format!("{} addresses for {} regions", addresses.len(), self.slots.len())
+        })?;
+        let slots = SlotSet::new(&slots, self.source_len).map_err(|error| error.to_string())?;
+        let [uffd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
+            format!("{} descriptors came; one userfaultfd is expected", fds.len())
+        })?;
+        if !is_userfaultfd(uffd.as_fd()) {
+            return Err("the descriptor is no userfaultfd".into());
+        }
+        let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
+        let view = Box::new(View::new(id, uffd, slots)?);
+        let (to, done) = crossbeam_channel::bounded(1);
+        self.worker.tell(Command::Sharing(self.memory, Sharing::AddView(view, to)));
+        done.recv().unwrap_or_else(|_| Err("the pager has ended".into()))
+    }
+
+    /// A process that took part is gone.
+    fn left(&self, stage: Stage) {
+        let reader = match stage {
             Stage::Serving(view) => {
-                self.wares
-                    .worker
-                    .tell(Command::Sharing(self.wares.memory, Sharing::RemoveView(view)));
+                self.worker.tell(Command::Sharing(self.memory, Sharing::RemoveView(view)));
                 None
             }
             Stage::Reading(reader) => Some(reader),
-            Stage::Connected | Stage::Offered => None,
+            Stage::Connected | Stage::Offered | Stage::Asking => None,
         };
         self.queue.recover(reader);
     }

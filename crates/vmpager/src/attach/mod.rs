@@ -10,13 +10,16 @@
 //! Nothing of it is tied to this library: `docs/sharing.md` says what a program
 //! in any language must do.
 
+mod asker;
 mod client;
 mod door;
+mod offer;
 mod protocol;
 mod queue;
 
-pub use self::client::{AttachError, Attached, AttachedRegion, Page};
+pub use self::asker::{Asker, GuestRegion, Page, RemoteInstaller};
+pub use self::client::{AttachError, Attached, AttachedRegion};
 pub use self::door::{Door, ShareError, SharedRegion};
-pub(crate) use self::door::{PAGER, Wares, describe, table};
+pub(crate) use self::door::{Entrance, Stock, Wares};
 pub use self::protocol::{FrameError, Region};
 pub use self::queue::{FaultClient, FaultReader, QueueOwner, WaitError};

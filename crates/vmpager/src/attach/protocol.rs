@@ -84,6 +84,8 @@ pub(super) enum Frame {
     ReaderId(u32),
     /// The end: why.
     Refused(String),
+    /// From a peer: I shall ask by the queue alone.
+    Asks,
 }
 
 impl Frame {
@@ -96,13 +98,14 @@ impl Frame {
             Self::Reader => 5,
             Self::ReaderId(_) => 6,
             Self::Refused(_) => 7,
+            Self::Asks => 8,
         }
     }
 
     fn body(&self) -> Vec<u8> {
         let mut body = Vec::new();
         match self {
-            Self::Hello | Self::Serving | Self::Reader => {}
+            Self::Hello | Self::Serving | Self::Reader | Self::Asks => {}
             Self::ReaderId(id) => body.extend(id.to_le_bytes()),
             Self::Refused(why) => {
                 body.extend(why.bytes().take(MAX_BODY));
@@ -177,6 +180,7 @@ impl Frame {
             5 => body.is_empty().then_some(Self::Reader),
             6 => Some(Self::ReaderId(u32::from_le_bytes(body.try_into().ok()?))),
             7 => Some(Self::Refused(String::from_utf8_lossy(body).into_owned())),
+            8 => body.is_empty().then_some(Self::Asks),
             _ => None,
         }
     }
@@ -259,6 +263,7 @@ mod tests {
             Frame::Reader,
             Frame::ReaderId(63),
             Frame::Refused("no".into()),
+            Frame::Asks,
         ]
     }
 

@@ -12,7 +12,8 @@ use vmpager_sys::peer::{Peer, fd_kind, holds_userfaultfd, is_userfaultfd, recv_w
 use vmpager_sys::shared::SharedWords;
 use vmpager_sys::uffd::Userfaultfd;
 
-use crate::handshake::{HandshakeError, Inbox};
+use crate::attach::Entrance;
+use crate::handshake::{Handshake, HandshakeError, Inbox};
 use crate::reads::MemoryId;
 use crate::served::{Served, page_map_words};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
@@ -23,8 +24,10 @@ const MAX_HELD: usize = 64;
 /// What a handshake offers to be served: regions and their userfaultfd.
 #[derive(Debug)]
 pub(super) struct Offer {
-    slots: Vec<Slot>,
-    uffd: OwnedFd,
+    pub(super) handshake: Handshake,
+    pub(super) uffd: OwnedFd,
+    /// The memfds of the handshake.
+    pub(super) memfds: Vec<OwnedFd>,
 }
 
 /// What came of listening to a peer once.
@@ -61,8 +64,8 @@ pub(super) struct Connection {
     inbox: Inbox,
     /// Descriptors that came and whose message is not whole yet.
     fds: Vec<OwnedFd>,
-    /// A whole message whose descriptor has not come yet.
-    regions: Option<Vec<Slot>>,
+    /// A whole message whose descriptors have not come yet.
+    handshake: Option<Handshake>,
     /// Userfaultfds that are not served, kept so that nobody reads zeroes.
     refused: Vec<OwnedFd>,
     /// Memories that can be served no longer, kept for the same reason.
@@ -70,6 +73,8 @@ pub(super) struct Connection {
     timeout: Duration,
     deadline: Option<Instant>,
     memories: Vec<MemoryId>,
+    /// Where other processes may come to have a memory, too.
+    doors: Vec<(MemoryId, Entrance)>,
     /// Whether it ever handed over memory.
     had_session: bool,
     /// Its pidfd says it exited, yet its memory was still there.
@@ -86,12 +91,13 @@ impl Connection {
             peer,
             inbox: Inbox::default(),
             fds: Vec::new(),
-            regions: None,
+            handshake: None,
             refused: Vec::new(),
             failed: Vec::new(),
             timeout,
             deadline: Some(Instant::now() + timeout),
             memories: Vec::new(),
+            doors: Vec::new(),
             had_session: false,
             seems_gone: false,
             tally: Tally::new(),
@@ -155,21 +161,21 @@ impl Connection {
             return Err(ReceiveError::TooManyDescriptors);
         }
         self.inbox.push(&bytes[..count])?;
-        if self.regions.is_none() {
-            self.regions = self.inbox.next_message()?;
+        if self.handshake.is_none() {
+            self.handshake = self.inbox.next_message()?;
         }
-        if self.regions.is_some() && !self.fds.is_empty() {
+        if let Some(handshake) = self.handshake.take_if(|it| it.descriptors() <= self.fds.len()) {
             let mut fds = std::mem::take(&mut self.fds).into_iter();
-            if let (Some(slots), Some(uffd)) = (self.regions.take(), fds.next()) {
-                for extra in fds {
-                    let kind = fd_kind(extra.as_fd());
-                    warn!(peer_pid = self.peer.pid, kind, "a further descriptor is not used");
-                    self.refused.extend(Some(extra).filter(|fd| is_userfaultfd(fd.as_fd())));
-                }
-                let more = self.inbox.is_partial();
-                self.deadline = more.then(|| Instant::now() + self.timeout);
-                return Ok(Arrival::Memory(Offer { slots, uffd }));
+            let Some(uffd) = fds.next() else { return Ok(Arrival::Part) };
+            let memfds = fds.by_ref().take(handshake.descriptors() - 1).collect();
+            for extra in fds {
+                let kind = fd_kind(extra.as_fd());
+                warn!(peer_pid = self.peer.pid, kind, "a further descriptor is not used");
+                self.refused.extend(Some(extra).filter(|fd| is_userfaultfd(fd.as_fd())));
             }
+            let more = self.inbox.is_partial();
+            self.deadline = more.then(|| Instant::now() + self.timeout);
+            return Ok(Arrival::Memory(Offer { handshake, uffd, memfds }));
         }
         if self.deadline.is_none() {
             self.deadline = Some(Instant::now() + self.timeout);
@@ -180,17 +186,18 @@ impl Connection {
     /// Checks an offer. On failure its descriptor is kept open.
     pub(super) fn check(
         &mut self,
-        offer: Offer,
+        slots: &[Slot],
+        uffd: OwnedFd,
         source: &dyn PageSource,
         partial: bool,
     ) -> Result<(Userfaultfd, SlotSet, SharedWords), String> {
-        match plan(&offer.slots, source, partial || self.had_session) {
+        match plan(slots, source, partial || self.had_session) {
             Ok((slots, words)) => {
-                let uffd = Userfaultfd::adopt(offer.uffd).map_err(|error| error.to_string())?;
+                let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
                 Ok((uffd, slots, words))
             }
             Err(problem) => {
-                self.refused.push(offer.uffd);
+                self.refused.push(uffd);
                 Err(problem)
             }
         }
@@ -204,6 +211,16 @@ impl Connection {
         self.had_session = true;
     }
 
+    /// Keeps the door to a memory of this peer's open as long as that is served.
+    pub(super) fn add_door(&mut self, memory: MemoryId, door: Entrance) {
+        self.doors.push((memory, door));
+    }
+
+    /// The doors to its memories.
+    pub(super) fn doors(&self) -> impl Iterator<Item = &Entrance> {
+        self.doors.iter().map(|(_, door)| door)
+    }
+
     /// Adds up a memory that is served no longer. If it was the last one, the
     /// session has ended for the reason returned.
     pub(super) fn memory_ended(
@@ -213,6 +230,8 @@ impl Connection {
         numbers: &MemoryNumbers,
     ) -> Option<EndReason> {
         self.memories.retain(|other| *other != memory);
+        // Those who took part learn of the end by the door's.
+        self.doors.retain(|(of, _)| *of != memory);
         self.tally.add(numbers);
         self.memories.is_empty().then_some(reason)
     }
@@ -223,11 +242,11 @@ impl Connection {
 
     /// Time is up for a handshake: says what is missing.
     pub(super) fn late(&mut self) -> String {
-        let regions = match self.regions.take() {
+        let handshake = match self.handshake.take() {
             None => self.inbox.next_message(),
-            regions => Ok(regions),
+            handshake => Ok(handshake),
         };
-        match regions {
+        match handshake {
             Ok(Some(_)) => HandshakeError::NoDescriptor.to_string(),
             Ok(None) => format!("no complete handshake within {:?}; closed", self.timeout),
             Err(error) => error.to_string(),
@@ -237,7 +256,7 @@ impl Connection {
     /// The peer closed its end. Says what is wrong with that, if something is.
     pub(super) fn hang_up(&mut self) -> Option<String> {
         self.refuse();
-        if self.regions.is_some() {
+        if self.handshake.is_some() {
             return Some(HandshakeError::NoDescriptor.to_string());
         }
         if self.inbox.is_partial() {

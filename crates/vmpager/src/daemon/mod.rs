@@ -7,6 +7,7 @@
 //! slow down anybody's faults.
 
 mod connection;
+mod doors;
 mod listener;
 
 use std::collections::HashMap;
@@ -52,6 +53,10 @@ pub struct DaemonConfig {
     pub stop_timeout: Duration,
     /// The most peers connected at a time.
     pub max_connections: usize,
+    /// The directory where each VM gets a door for other processes to take part
+    /// in its memory ([`Attached`](crate::Attached)): `PID.sock`, by its VMM's
+    /// process id.
+    pub attach: Option<PathBuf>,
 }
 
 impl DaemonConfig {
@@ -67,6 +72,7 @@ impl DaemonConfig {
             handshake_timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(5),
             max_connections: 4096,
+            attach: None,
         }
     }
 }
@@ -160,6 +166,7 @@ impl Daemon {
             })
         });
         let workers = workers.collect::<Result<Vec<_>, _>>()?;
+        config.attach.as_deref().map_or(Ok(()), doors::check)?;
         let stop = UnixStream::pair()?;
         stop.0.set_nonblocking(true)?;
         let listener = listen(&config.socket)?;
@@ -334,17 +341,24 @@ impl Daemon {
     ) -> Result<(), String> {
         let source = &*self.config.source;
         let worker = self.least_busy_worker(id);
+        let connection::Offer { handshake, uffd, memfds } = offer;
+        let door = self.next_door(id);
         let Some(connection) = self.connections.get_mut(&id) else { return Ok(()) };
-        let (uffd, slots, words) = connection.check(offer, source, self.config.partial)?;
+        let (uffd, slots, words) =
+            connection.check(&handshake.slots, uffd, source, self.config.partial)?;
         let memory = MemoryId(self.next_memory);
         let memory_bytes = slots.bytes();
-        let mut served = Served::new(memory, uffd, slots, words, source, &self.config.options);
+        let mut served = Served::new(memory, uffd, slots, words, source, &self.config.options)
+            .of_process(connection.pid());
         if let (true, Some(pidfd)) = (self.config.options.huge_pages, connection.pidfd()) {
             match pidfd.try_clone_to_owned() {
                 Ok(process) => served = served.making_huge_pages(process),
                 Err(error) => warn!("no huge pages: {error}"),
             }
         }
+        let to = self.workers[worker].teller();
+        let opening =
+            door.map(|at| doors::prepare(at, &mut served, to, &handshake, memfds, source.len()));
         self.next_memory += 1;
         self.memories.insert(memory, (id, worker));
         connection.add_memory(memory);
@@ -354,6 +368,10 @@ impl Daemon {
         watcher(DaemonEvent::SessionStarted { session, peer_pid, memory_bytes });
         if !self.workers[worker].tell(Command::Serve(Box::new(served))) {
             return Err("the worker thread has ended".into());
+        }
+        // The worker hears of the memory before it hears of those who come.
+        if let Some(door) = opening.and_then(doors::Opening::open) {
+            connection.add_door(memory, door);
         }
         Ok(())
     }
@@ -480,6 +498,11 @@ fn log_summary(summary: &SessionSummary) {
         session,
         peer_pid,
         faults = summary.faults,
+        faults_vcpu = summary.faults_vcpu,
+        faults_vmm = summary.faults_vmm,
+        faults_kernel = summary.faults_kernel,
+        faults_attached = summary.faults_attached,
+        faults_queued = summary.faults_queued,
         pages_demand = summary.pages_demand,
         pages_neighbour = summary.pages_neighbour,
         pages_fill = summary.pages_fill,

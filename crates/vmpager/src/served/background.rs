@@ -306,9 +306,7 @@ impl Served {
                 warn!("unregistering {:#x} bytes at {}: {error}", slot.len, slot.hva);
             }
         }
-        if let Some(shared) = self.shared.take() {
-            shared.end(Serving::Filled);
-        }
+        self.end_sharing(Serving::Filled);
     }
 
     /// Poisons every page whose bytes are still to come, so that letting go of

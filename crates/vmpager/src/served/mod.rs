@@ -18,6 +18,7 @@
 mod background;
 mod huge;
 mod install;
+mod origin;
 mod outside;
 
 use std::collections::VecDeque;
@@ -30,16 +31,17 @@ use tracing::{error, warn};
 use vmpager_core::page_map::words_for;
 use vmpager_core::prefetch::NeighbourPolicy;
 use vmpager_core::{
-    ByteRange, Engine, FaultPlan, Hva, PageData, PageReader, PageRun, PageSource, Priority,
-    SlotSet, SourceError,
+    ByteRange, Engine, FaultPlan, Hva, PageData, PageMap, PageReader, PageRun, PageSource,
+    Priority, SlotSet, SourceError,
 };
 use vmpager_sys::memory::GuestRange;
 use vmpager_sys::shared::SharedWords;
-use vmpager_sys::uffd::{Message, Messages, Userfaultfd};
+use vmpager_sys::uffd::{Features, Message, Messages, Userfaultfd};
 
 pub(crate) use self::background::Filled;
 use self::install::{Asleep, Put};
 pub(crate) use self::install::{Leftover, zeroes};
+use self::origin::{Origin, Threads};
 use self::outside::Outside;
 pub(crate) use self::outside::{View, ViewId};
 use crate::reads::{MemoryId, Reads, Waiter};
@@ -117,6 +119,8 @@ pub(crate) struct Served {
     outside: Outside,
     /// Who has huge pages made, if they are.
     huge: Option<huge::Huge>,
+    /// The threads whose faults come by the userfaultfd, if it names them.
+    threads: Option<Threads>,
 }
 
 /// What has been said once and need not be said for every page.
@@ -160,7 +164,16 @@ impl Served {
             shared: None,
             outside: Outside::default(),
             huge: None,
+            threads: None,
         }
+    }
+
+    /// Counts the faults of that process by the threads that take them, if its
+    /// userfaultfd names these.
+    pub(crate) fn of_process(mut self, pid: i32) -> Self {
+        let names = self.uffd.features().contains(Features::THREAD_ID);
+        self.threads = names.then(|| Threads::of(pid));
+        self
     }
 
     /// Keeps this process's own memory mapped while it is served.
@@ -171,6 +184,11 @@ impl Served {
 
     pub(crate) fn id(&self) -> MemoryId {
         self.id
+    }
+
+    /// Where it is known which pages are present.
+    pub(crate) fn map(&self) -> &PageMap<SharedWords> {
+        self.engine.map()
     }
 
     /// The descriptor that is readable while somebody waits.
@@ -196,8 +214,12 @@ impl Served {
     }
 
     pub(crate) fn numbers(&self) -> MemoryNumbers {
+        let mut counters = self.counters.clone();
+        if let Some(shared) = &self.shared {
+            counters.brought_by_installers(shared.brought());
+        }
         MemoryNumbers {
-            counters: self.counters.clone(),
+            counters,
             regions: self.engine.slots().iter().count() as u64,
             memory_bytes: self.engine.slots().bytes(),
             pages_missing: self.engine.outstanding(),
@@ -281,8 +303,13 @@ impl Served {
 
     /// Tells others who install pages that this memory is served no longer.
     pub(crate) fn stop_sharing(&mut self) {
+        self.end_sharing(Serving::Ended);
+    }
+
+    fn end_sharing(&mut self, how: Serving) {
         if let Some(shared) = self.shared.take() {
-            shared.end(Serving::Ended);
+            shared.end(how);
+            self.counters.brought_by_installers(shared.brought());
         }
     }
 
@@ -309,12 +336,18 @@ impl Served {
         let mut protected = Vec::new();
         for message in self.messages.drain() {
             match message {
-                Message::Fault { address, flags } if flags & Message::PROTECTED != 0 => {
+                Message::Fault { address, flags, .. } if flags & Message::PROTECTED != 0 => {
                     protected.push(Hva(address));
                 }
-                Message::Fault { address, .. } => {
+                Message::Fault { address, thread, .. } => {
                     self.counters.faults += 1;
                     self.faults.push_back(Hva(address));
+                    match self.threads.as_mut().map(|threads| threads.origin(thread)) {
+                        Some(Origin::Vcpu) => self.counters.faults_vcpu += 1,
+                        Some(Origin::Vmm) => self.counters.faults_vmm += 1,
+                        Some(Origin::Kernel) => self.counters.faults_kernel += 1,
+                        None => {}
+                    }
                 }
                 Message::Remove { start, end, .. } => {
                     self.counters.pages_removed += self.engine.removed(Hva(start), Hva(end));

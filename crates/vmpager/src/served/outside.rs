@@ -98,10 +98,16 @@ impl Served {
     ///
     /// # Errors
     ///
-    /// If it cannot be kept from writing while the memory is frozen.
+    /// If it cannot be kept from writing while the memory is frozen, or its
+    /// addresses are none.
     pub(crate) fn add_view(&mut self, view: View) -> io::Result<()> {
         if self.outside.frozen {
             set_protection(&view.uffd, &view.slots, true)?;
+        }
+        // Faults that another pager has read, which served this view before, do
+        // not come again by themselves.
+        for slot in view.slots.iter() {
+            view.uffd.wake(slot.hva.0, slot.len)?;
         }
         self.outside.views.push(view);
         Ok(())
@@ -111,7 +117,13 @@ impl Served {
     pub(crate) fn remove_view(&mut self, id: ViewId) -> Option<View> {
         self.outside.waiting.retain(|(waits, _)| !matches!(waits, Waits::View(of) if *of == id));
         let at = self.outside.views.iter().position(|view| view.id == id)?;
-        Some(self.outside.views.swap_remove(at))
+        let view = self.outside.views.swap_remove(at);
+        // A process that lives on may be served otherwise from now on: those of
+        // it that wait fault again.
+        for slot in view.slots.iter() {
+            let _ = view.uffd.wake(slot.hva.0, slot.len);
+        }
+        Some(view)
     }
 
     /// Serves views no longer whose process made their userfaultfd blocking: it
@@ -169,7 +181,7 @@ impl Served {
         for message in messages {
             let view = &self.outside.views[at];
             match message {
-                Message::Fault { address, flags } => {
+                Message::Fault { address, flags, .. } => {
                     let Some(page) = view.slots.page_at(Hva(address)) else {
                         warn!(
                             address,

@@ -46,7 +46,7 @@ impl Worker {
             Sharing::AddView(view, to) => {
                 let done = watched(view.as_fd()).and_then(|()| {
                     let added = memory.add_view(*view);
-                    added.map_err(|error| format!("keeping the view frozen: {error}"))
+                    added.map_err(|error| format!("taking the view in: {error}"))
                 });
                 let _ = to.send(done);
             }
