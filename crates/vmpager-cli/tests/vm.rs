@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -511,6 +512,40 @@ fn what_cannot_boot_is_refused_by_name_and_remedy() {
     let socket = dir.path().join("s").to_string_lossy().into_owned();
     vm(&["run", "--kernel", &missing, "--control", &socket]);
     assert!(!Path::new(&socket).exists());
+}
+
+/// As another user, with a device of the usual permissions.
+#[test]
+fn a_user_who_may_not_use_kvm_is_told_how_he_may() {
+    if !has_kvm() {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        vmpager_testing::skipped("only root can become another user");
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = dir.path().join("vmpager");
+    fs::copy(VMPAGER, &program).unwrap();
+    let kernel = kernel(&dir, &[SAY_HI, POWER_OFF]);
+    // The mount is this process's alone, and gone with it.
+    let script = "set -e; mknod kvm c 10 232; chmod 660 kvm; mount --bind kvm /dev/kvm; \
+        exec setpriv --reuid 65534 --regid 65534 --clear-groups ./vmpager vm run --kernel \"$1\"";
+    let output = Command::new("timeout")
+        .args(["60", "unshare", "--mount", "sh", "-c", script, "sh", &kernel])
+        .current_dir(&dir)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let error = text(&output.stderr);
+    if error.contains("unshare failed") || error.contains("mknod:") {
+        vmpager_testing::skipped(&format!("no device of its own: {error}"));
+        return;
+    }
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("/dev/kvm: Permission denied"), "{error}");
+    assert!(error.contains("give this user access"), "{error}");
 }
 
 #[test]

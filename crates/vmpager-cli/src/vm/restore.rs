@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::ValueEnum;
-use tracing::info;
+use tracing::{info, warn};
 use vmpager_vm::{
     Delivery, DeliveryCosts, ExitMechanism, LinuxVm, RestoreMemory, Snapshot, SnapshotPaths,
 };
@@ -110,7 +110,7 @@ enum MechanismArg {
 impl RestoreArgs {
     fn delivery(&self) -> anyhow::Result<Delivery> {
         Ok(match (self.delivery, self.exit_mechanism) {
-            (DeliveryArg::Auto, None) => cheaper_delivery()?,
+            (DeliveryArg::Auto, None) => cheaper_delivery(),
             (DeliveryArg::Auto, Some(_)) => {
                 bail!("--exit-mechanism needs --delivery exit; auto chooses between uffd and view")
             }
@@ -139,10 +139,21 @@ impl RestoreArgs {
     }
 }
 
-fn cheaper_delivery() -> anyhow::Result<Delivery> {
-    let costs = DeliveryCosts::measure().context("measuring what missing pages cost here")?;
-    info!("a missing page costs {:?} by an exit, {:?} by uffd", costs.exit, costs.userfaultfd);
-    Ok(costs.delivery())
+/// What costs less here. Where that cannot be found out, what works everywhere.
+fn cheaper_delivery() -> Delivery {
+    match DeliveryCosts::measure() {
+        Ok(costs) => {
+            info!(
+                "a missing page costs {:?} by an exit, {:?} by uffd",
+                costs.exit, costs.userfaultfd
+            );
+            costs.delivery()
+        }
+        Err(error) => {
+            warn!("what missing pages cost here could not be measured ({error}): taking uffd");
+            Delivery::Userfaultfd
+        }
+    }
 }
 
 pub(super) fn run(args: &RestoreArgs) -> anyhow::Result<ExitCode> {

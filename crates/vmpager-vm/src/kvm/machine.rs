@@ -51,7 +51,7 @@ impl Machine {
         let kvm = Kvm::new().map_err(|e| VmError::NoKvm(e.into()))?;
         let kind = parts.memory.mechanism().map_or(Ok(0), |mechanism| mechanism.vm_type(&kvm))?;
         let vm = Arc::new(create_vm(&kvm, kind)?);
-        check_capabilities(&vm, parts)?;
+        check_capabilities(parts.vcpus, parts.irqchip, |cap| vm.check_extension_int(cap))?;
         let memory = add_memory(&vm, parts)?;
         if parts.irqchip {
             create_irqchip(&vm)?;
@@ -144,28 +144,48 @@ pub(super) fn create_vm(kvm: &Kvm, kind: u64) -> Result<VmFd, VmError> {
     }
 }
 
-fn check_capabilities(vm: &VmFd, parts: &Parts<'_>) -> Result<(), VmError> {
-    let always =
-        [(Cap::UserMemory, "KVM_CAP_USER_MEMORY"), (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT")];
-    let irqchip = [
-        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-        (Cap::Pit2, "KVM_CAP_PIT2"),
-        (Cap::PitState2, "KVM_CAP_PIT_STATE2"),
-        (Cap::Irqfd, "KVM_CAP_IRQFD"),
-        (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
-        (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-    ];
-    let needed = always.into_iter().chain(irqchip.into_iter().filter(|_| parts.irqchip));
-    for (capability, name) in needed {
-        if !vm.check_extension(capability) {
+/// What this needs of any KVM: memory of this process that may come later, a way
+/// to stop a vCPU, and to save and load all of it.
+const NEEDED: [(Cap, &str); 9] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SyncMmu, "KVM_CAP_SYNC_MMU"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ"),
+];
+
+/// What it needs beyond that if KVM plays the interrupt controllers.
+const NEEDED_WITH_IRQCHIP: [(Cap, &str); 7] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::PitState2, "KVM_CAP_PIT_STATE2"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR"),
+];
+
+/// `answer` is what KVM says of a capability.
+fn check_capabilities(
+    vcpus: u64,
+    irqchip: bool,
+    answer: impl Fn(Cap) -> i32,
+) -> Result<(), VmError> {
+    let more = NEEDED_WITH_IRQCHIP.iter().filter(|_| irqchip);
+    for (capability, name) in NEEDED.iter().chain(more) {
+        if answer(*capability) <= 0 {
             return Err(VmError::NoCapability(name));
         }
     }
-    let most = u64::try_from(vm.check_extension_int(Cap::MaxVcpus)).unwrap_or(0);
-    if parts.vcpus > most {
+    let most = u64::try_from(answer(Cap::MaxVcpus)).unwrap_or(0);
+    if vcpus > most {
         return Err(VmError::Config {
             field: "vcpus",
-            value: parts.vcpus,
+            value: vcpus,
             remedy: "use fewer: this KVM has not that many",
         });
     }
@@ -224,4 +244,48 @@ fn create_irqchip(vm: &VmFd) -> Result<(), VmError> {
     vm.create_irq_chip().map_err(refused("create interrupt controllers"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(refused("create a timer"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A KVM that has everything but this, and four vCPUs.
+    fn without(lacking: Option<Cap>) -> impl Fn(Cap) -> i32 {
+        move |asked| match asked {
+            _ if lacking.is_some_and(|lacking| lacking as u32 == asked as u32) => 0,
+            Cap::MaxVcpus => 4,
+            _ => 1,
+        }
+    }
+
+    #[test]
+    fn what_a_kvm_lacks_is_named() {
+        for irqchip in [false, true] {
+            check_capabilities(4, irqchip, without(None)).unwrap();
+            let needed = NEEDED.iter().chain(&NEEDED_WITH_IRQCHIP);
+            for (number, (capability, name)) in needed.enumerate() {
+                let checked = check_capabilities(4, irqchip, without(Some(*capability)));
+                if number >= NEEDED.len() && !irqchip {
+                    checked.unwrap();
+                    continue;
+                }
+                let error = checked.unwrap_err().to_string();
+                assert!(error.contains(&format!("this KVM lacks {name};")), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn more_vcpus_than_a_kvm_has_are_refused_by_number() {
+        let error = check_capabilities(5, false, without(None)).unwrap_err().to_string();
+        assert!(error.contains("vcpus 5 "), "{error}");
+    }
+
+    /// An error is no answer.
+    #[test]
+    fn a_kvm_that_cannot_be_asked_has_nothing() {
+        let error = check_capabilities(1, true, |_| -1).unwrap_err().to_string();
+        assert!(error.contains("KVM_CAP_USER_MEMORY"), "{error}");
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_regs};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmpager_kvm::exit::Fault;
 use vmpager_sys::memory::{Access, Mapping};
@@ -60,6 +60,7 @@ impl Trial {
         let slot = Memslot { gpa: 0, offset: 0, len: MEMORY_BYTES as u64 };
         add_memslot(&vm, 0, &slot, &memory)?;
         let vcpu = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
+        vcpu.set_cpuid2(&processor()).map_err(refused("set the vCPU's CPUID"))?;
         let sregs = vcpu.get_sregs().map_err(refused("read system registers"))?;
         vcpu.set_sregs(&initial_sregs(&layout, sregs)).map_err(refused("set system registers"))?;
         let (start, next) = (initial_regs(&layout, 0), layout.contents().start);
@@ -143,6 +144,20 @@ impl Trial {
             drop(memory);
         });
     }
+}
+
+/// The least of a processor that has long mode and can forbid execution. To ask KVM
+/// for all that it offers takes as long as the trial.
+fn processor() -> CpuId {
+    const LONG_MODE_AND_NX: u32 = 1 << 29 | 1 << 20;
+    let leaf = |function, eax, edx| kvm_cpuid_entry2 { function, eax, edx, ..Default::default() };
+    let leaves = [
+        leaf(0, 1, 0),
+        leaf(1, 0, 0),
+        leaf(0x8000_0000, 0x8000_0001, 0),
+        leaf(0x8000_0001, 0, LONG_MODE_AND_NX),
+    ];
+    CpuId::from_entries(&leaves).expect("fewer than KVM takes")
 }
 
 /// How the guest was left.
