@@ -309,6 +309,16 @@ impl Mapping {
         self.advise(range, Advice::LinuxPopulateWrite)
     }
 
+    /// Has the kernel use huge pages where it can (`MADV_HUGEPAGE`).
+    pub(crate) fn want_huge_pages(&self) -> io::Result<()> {
+        self.advise(0..self.len, Advice::LinuxHugepage)
+    }
+
+    /// Where a range is, for the kernel to read or write.
+    pub(crate) fn pointer(&self, range: Range<usize>) -> *mut c_void {
+        self.at(range.start, range.len()).cast()
+    }
+
     fn advise(&self, range: Range<usize>, advice: Advice) -> io::Result<()> {
         let len = range.end.saturating_sub(range.start);
         let at = self.at(range.start, len);

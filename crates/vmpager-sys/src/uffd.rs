@@ -8,6 +8,7 @@
 
 mod message;
 mod protect;
+mod staging;
 
 use std::io::{self, IoSliceMut};
 use std::mem::size_of;
@@ -20,6 +21,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use rustix::ioctl::{self, Opcode, Updater, opcode};
 
 pub use self::message::{Message, Messages};
+pub use self::staging::Staging;
 use crate::memory::GuestRange;
 use crate::peer::{fd_kind, is_userfaultfd};
 
@@ -62,6 +64,8 @@ impl Features {
     pub const THREAD_ID: Self = Self(raw::UFFD_FEATURE_THREAD_ID as u64);
     /// `UFFDIO_POISON` exists.
     pub const POISON: Self = Self(raw::UFFD_FEATURE_POISON as u64);
+    /// `UFFDIO_MOVE` exists.
+    pub const MOVE: Self = Self(raw::UFFD_FEATURE_MOVE as u64);
 
     /// Whether all bits of `other` are in this set.
     pub const fn contains(self, other: Self) -> bool {

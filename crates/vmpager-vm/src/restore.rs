@@ -65,6 +65,8 @@ pub enum RestoreMemory {
     InProcess {
         /// Whether it brings the others too, while nobody waits.
         background_fill: bool,
+        /// Whether memory comes to lie in huge pages.
+        collapse: bool,
         /// How the faults of vCPUs get to it.
         delivery: Delivery,
     },
@@ -116,11 +118,14 @@ impl GuestMemory {
                 Ok(Self::new(mapping, slots).served(peer))
             }
             RestoreMemory::Shared { socket, exits } => Self::shared(snapshot, &socket, exits),
-            RestoreMemory::InProcess { background_fill, delivery } => {
-                let mapping = Arc::new(Mapping::inaccessible(len).map_err(cannot_map)?);
+            RestoreMemory::InProcess { background_fill, collapse, delivery } => {
+                let mapping = Mapping::for_pager(len).map_err(cannot_map)?;
+                mapping.allow(Access::None).map_err(cannot_map)?;
+                let mapping = Arc::new(mapping);
                 let pager = Pager::builder(RawFile::open(path)?)
                     .region(&GuestRange::of_mapping(&mapping), 0)
                     .background_fill(background_fill)
+                    .huge_pages(collapse)
                     .start()?;
                 Self::new(mapping, slots)
                     .served(Served::InProcess(Box::new(pager)))

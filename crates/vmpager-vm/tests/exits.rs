@@ -14,7 +14,8 @@ fn have_kvm() -> bool {
 }
 
 fn by_exits(background_fill: bool) -> RestoreMemory {
-    RestoreMemory::InProcess { background_fill, delivery: Delivery::Exit(ExitMechanism::View) }
+    let delivery = Delivery::Exit(ExitMechanism::View);
+    RestoreMemory::InProcess { background_fill, collapse: false, delivery }
 }
 
 #[test]
@@ -128,7 +129,7 @@ fn attributes_bring_every_page_or_are_refused() {
     }
     let (_dir, snapshot) = snapshot(&VmConfig { vcpus: 2, ..config(Cpu::Kvm) });
     let delivery = Delivery::Exit(ExitMechanism::Attributes);
-    let memory = RestoreMemory::InProcess { background_fill: false, delivery };
+    let memory = RestoreMemory::InProcess { background_fill: false, collapse: false, delivery };
     let workload = Workload { write_every: 3, ..Workload::default() };
     let restored = restore_and_run(&snapshot, memory, Cpu::Kvm, &workload);
     if !vmpager_kvm::probe::kvm().is_ok_and(|kvm| kvm.exact_memory_faults()) {

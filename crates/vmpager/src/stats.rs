@@ -51,6 +51,7 @@ pub(crate) struct Counters {
     pub(crate) pages_removed: u64,
     pub(crate) pages_poisoned: u64,
     pub(crate) pages_huge: u64,
+    pub(crate) pages_moved: u64,
     pub(crate) bytes_read: u64,
     pub(crate) fill_took: Option<Duration>,
     /// From the moment a fault was read to its page's install, in ns.
@@ -80,6 +81,7 @@ impl Counters {
             pages_removed: 0,
             pages_poisoned: 0,
             pages_huge: 0,
+            pages_moved: 0,
             bytes_read: 0,
             fill_took: None,
             stalls: stalls.expect("the bounds are in order"),
@@ -162,6 +164,10 @@ pub struct SessionSummary {
     /// Base pages that lie in huge pages made of them.
     #[serde(default)]
     pub pages_huge: u64,
+    /// Pages that were not copied into place but moved, in whole pieces of
+    /// 2 MiB.
+    #[serde(default)]
+    pub pages_moved: u64,
     /// Pages whose bytes were still to come at the end.
     pub pages_missing: u64,
     /// Bytes taken from the source.
@@ -213,6 +219,7 @@ impl Tally {
         to.pages_removed += from.pages_removed;
         to.pages_poisoned += from.pages_poisoned;
         to.pages_huge += from.pages_huge;
+        to.pages_moved += from.pages_moved;
         to.bytes_read += from.bytes_read;
         to.fill_took = to.fill_took.max(from.fill_took);
         to.stalls.add(&from.stalls).expect("all histograms have the same bounds");
@@ -252,6 +259,7 @@ impl Tally {
             pages_removed: totals.pages_removed,
             pages_poisoned: totals.pages_poisoned,
             pages_huge: totals.pages_huge,
+            pages_moved: totals.pages_moved,
             pages_missing: self.pages_missing,
             bytes_read: totals.bytes_read,
             stall_p50_us: micros(totals.stalls.value_at_quantile(0.5)),

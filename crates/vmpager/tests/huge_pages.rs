@@ -13,6 +13,7 @@ use common::peer::PeerPlan;
 use common::{HUGE, Holds, PAGE, assert_is_source, eventually, numbered, page, range};
 use vmpager::{EndReason, Pager};
 use vmpager_sys::memory::Mapping;
+use vmpager_sys::uffd::{Features, Userfaultfd};
 
 const PIECE: usize = HUGE / PAGE;
 
@@ -124,4 +125,50 @@ fn where_there_shall_be_none_there_are_none() {
         assert_eq!(pager.stats().pages_huge, 0);
         assert_is_source(&memory, 0);
     }
+}
+
+/// Pieces that are to be filled are moved in whole, demanded or not. The tail of
+/// the memory and a piece that was written to before are copied; so may be one of
+/// which a page is given back.
+#[test]
+fn pieces_of_this_process_are_moved_in_whole() {
+    begin!();
+    if !have_huge_pages() {
+        return;
+    }
+    if !Userfaultfd::open(Features::MOVE).is_ok_and(|uffd| uffd.can_move()) {
+        vmpager_testing::skipped("this kernel cannot move pages");
+        return;
+    }
+    const PAGES: usize = 6 * PIECE + 3;
+    let memory = Arc::new(Mapping::for_pager(PAGES * PAGE).unwrap());
+    // There before the pager is.
+    memory.write_u64(3 * HUGE, 7);
+    let pager = Pager::builder(numbered(PAGES))
+        .region(&range(&memory), 0)
+        .background_fill(true)
+        .huge_pages(true)
+        .start()
+        .unwrap();
+    memory.discard(4 * HUGE + 5 * PAGE..4 * HUGE + 6 * PAGE).unwrap();
+    // Demanded, perhaps, before it is filled.
+    assert_eq!(page(&memory, 6 * HUGE - PAGE), Holds::Source(6 * HUGE - PAGE));
+    assert!(pager.wait_filled(Duration::from_secs(20)));
+
+    for at in 0..PAGES {
+        let expected = match at {
+            _ if at == 3 * PIECE => continue,
+            _ if at == 4 * PIECE + 5 => Holds::Zero,
+            _ => Holds::Source(at * PAGE),
+        };
+        assert_eq!(page(&memory, at * PAGE), expected, "page {at}");
+    }
+    assert_eq!(memory.read_u64(3 * HUGE), 7);
+    let stats = pager.stats();
+    assert_eq!(stats.pages_moved % PIECE as u64, 0, "{stats:?}");
+    let whole = stats.pages_moved / PIECE as u64;
+    assert!((4..=5).contains(&whole), "{stats:?}");
+    // All whole pieces lie in huge pages in the end, however they came.
+    assert!((5..=6).contains(&(stats.pages_huge / PIECE as u64)), "{stats:?}");
+    assert_eq!(huge_kib(i32::try_from(std::process::id()).unwrap()) % 2048, 0);
 }

@@ -276,7 +276,8 @@ fn one_run(snapshot: &Snapshot, way: Way, workload: &Workload) -> anyhow::Result
 
 /// A page per fault in every way: no neighbours.
 fn restore(snapshot: &Snapshot, way: Way) -> anyhow::Result<(Vm, Option<Pager>)> {
-    let in_process = |delivery| RestoreMemory::InProcess { background_fill: false, delivery };
+    let in_process =
+        |delivery| RestoreMemory::InProcess { background_fill: false, collapse: false, delivery };
     let by_exits = match way {
         Way::Uffd => None,
         Way::View => Some(in_process(Delivery::Exit(ExitMechanism::View))),

@@ -33,6 +33,12 @@ pub(crate) enum Mode {
     /// Served by `vmpager serve --image --background-fill`.
     #[value(name = "packed+fill")]
     PackedFill,
+    /// By a pager in the VM's process, with background fill.
+    #[value(name = "in-process+fill")]
+    InProcessFill,
+    /// The same, brought by 2 MiB, in huge pages.
+    #[value(name = "in-process+huge")]
+    InProcessHuge,
     /// Served by a handler that answers each fault with one page: poll, read,
     /// UFFDIO_COPY.
     Naive,
@@ -48,6 +54,8 @@ impl Mode {
             Self::OnDemandFill => "on-demand+fill",
             Self::Packed => "packed",
             Self::PackedFill => "packed+fill",
+            Self::InProcessFill => "in-process+fill",
+            Self::InProcessHuge => "in-process+huge",
             Self::Naive => "naive",
         }
     }
@@ -104,6 +112,8 @@ pub(crate) fn restore(
     let by = match mode {
         Mode::Eager => "eager",
         Mode::Mmap => "mmap",
+        Mode::InProcessFill => "in-process",
+        Mode::InProcessHuge => "in-process-huge",
         Mode::OnDemand | Mode::OnDemandFill | Mode::Packed | Mode::PackedFill | Mode::Naive => {
             "pager"
         }
@@ -130,7 +140,7 @@ fn start_pager(
     socket: &Path,
 ) -> anyhow::Result<Option<Running>> {
     let mut args: Vec<PathBuf> = match mode {
-        Mode::Eager | Mode::Mmap => return Ok(None),
+        Mode::Eager | Mode::Mmap | Mode::InProcessFill | Mode::InProcessHuge => return Ok(None),
         Mode::Naive => vec!["naive-handler".into()],
         _ => vec!["serve".into(), "--once".into(), "--json".into()],
     };
@@ -155,7 +165,7 @@ fn outcome(
             Restored {
                 full_ms: (mode == Mode::Eager).then_some(vm.restored_ms),
                 faults: vm.faults,
-                bytes_read: if mode == Mode::Eager { file_bytes } else { vm.mapped_bytes },
+                bytes_read: if mode == Mode::Mmap { vm.mapped_bytes } else { file_bytes },
                 pager_rss_bytes: None,
                 vm,
             }

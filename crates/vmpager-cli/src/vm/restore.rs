@@ -52,6 +52,11 @@ pub(crate) struct RestoreArgs {
     /// switch of its own for that.
     #[arg(long, conflicts_with = "pager")]
     background_fill: bool,
+    /// Have memory lie in huge pages: with --background-fill it comes by 2 MiB,
+    /// else they are made of what is in place. (`vmpager serve --collapse` does
+    /// so for a pager of its own.)
+    #[arg(long, conflicts_with = "pager")]
+    collapse: bool,
     /// How a vCPU's fault gets to the pager. Exit needs a pager in this process,
     /// or --attach.
     #[arg(long, value_enum, default_value_t = DeliveryArg::Uffd)]
@@ -132,6 +137,7 @@ impl RestoreArgs {
         let given = [
             (self.pager.is_some(), "--pager"),
             (self.background_fill, "--background-fill"),
+            (self.collapse, "--collapse"),
             (self.delivery != DeliveryArg::Uffd, "--delivery"),
             (self.exit_mechanism.is_some(), "--exit-mechanism"),
         ];
@@ -205,6 +211,7 @@ fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
         (MemoryMode::OnDemand, Some(socket)) => by_pager(args, socket)?,
         (MemoryMode::OnDemand, None) => RestoreMemory::InProcess {
             background_fill: args.background_fill,
+            collapse: args.collapse,
             delivery: args.delivery()?,
         },
         (MemoryMode::Eager, _) => RestoreMemory::Eager,

@@ -7,6 +7,7 @@ use tracing::{error, warn};
 use vmpager_core::{FillPlan, PageData, PageRun, PageSize, Piece, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
+use super::huge::PIECE;
 use super::install::{FIRST_RETRY, Put, PutEnd};
 use super::{Leftover, Lost, Served, at_hand};
 use crate::reads::{Read, Reads, Waiter};
@@ -185,6 +186,7 @@ impl Served {
         }
         // In base pages, also where the memory is made of huge ones.
         let piece = self.engine.fill_piece();
+        let piece = if self.moves_pieces() { piece.max(PIECE) } else { piece };
         let until = Instant::now() + LONG;
         let mut done = 0;
         while done < piece && self.may_fill(reads) && (done == 0 || Instant::now() < until) {
@@ -229,6 +231,12 @@ impl Served {
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
                 let src = data.address();
+                if self.is_movable(run) {
+                    let end = self.put(run, Put::Bytes(src))?;
+                    self.count_installed(run, None, end.pages);
+                    self.put_off_rest(end, reads)?;
+                    return Ok(run);
+                }
                 self.fill_from(run, src, until, reads)
             }
             Ok(None) => {

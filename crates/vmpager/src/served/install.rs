@@ -116,6 +116,17 @@ impl Served {
     pub(super) fn put(&mut self, run: PageRun, what: Put) -> Result<PutEnd, Lost> {
         let mut pages = 0;
         let mut left = run;
+        if let Put::Bytes(src) = what
+            && self.is_movable(run)
+            && let Some(moved) = self.move_in(run, src)
+        {
+            // Whatever stopped it stops copying the rest too, or does not.
+            let done = PageRun::new(run.first, moved.bytes >> PageSize::Size4K.shift());
+            self.installed(done);
+            self.counters.pages_moved += done.count;
+            pages = done.count;
+            left = PageRun::new(done.end(), run.count - done.count);
+        }
         // The most pages to try at once.
         let mut most = run.count;
         while left.count > 0 {

@@ -85,14 +85,16 @@ impl Worker {
         false
     }
 
-    /// Makes one huge page of what is in place, if it is time for that.
+    /// Makes one huge page of what is in place, if it is time for that. False if
+    /// it is not.
     pub(super) fn make_huge(&mut self) -> bool {
         if self.stopping.is_some() {
             return false;
         }
         let now = Instant::now();
-        let due = |memory: &Served| memory.huge_at().is_some_and(|at| at <= now);
-        self.memories.values_mut().any(|memory| due(memory) && memory.make_huge())
+        let mut memories = self.memories.values_mut();
+        let due = memories.find(|memory| memory.huge_at().is_some_and(|at| at <= now));
+        due.map(Served::make_huge).is_some()
     }
 
     fn end_filled(&mut self, id: MemoryId) {

@@ -72,13 +72,15 @@ pub(crate) struct RestoreArgs {
     json: bool,
 }
 
-const MODES: [Mode; 7] = [
+const MODES: [Mode; 9] = [
     Mode::Naive,
     Mode::Mmap,
     Mode::OnDemand,
     Mode::OnDemandFill,
     Mode::Packed,
     Mode::PackedFill,
+    Mode::InProcessFill,
+    Mode::InProcessHuge,
     Mode::Eager,
 ];
 
