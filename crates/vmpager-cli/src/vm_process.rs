@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use vmpager_vm::{
-    Cpu, CpuKind, Delivery, LinuxVm, Order, RestoreMemory, Snapshot, SnapshotPaths, Vm, Workload,
+    Cpu, CpuKind, InProcess, LinuxVm, Order, RestoreMemory, Snapshot, SnapshotPaths, Vm, Workload,
 };
 
 use crate::output;
@@ -128,11 +128,11 @@ pub(crate) fn run(args: &VmProcessArgs) -> anyhow::Result<()> {
     let from = match args.restore {
         RestoreBy::Eager => RestoreMemory::Eager,
         RestoreBy::Mmap => RestoreMemory::Mmap,
-        RestoreBy::InProcess | RestoreBy::InProcessHuge => RestoreMemory::InProcess {
+        RestoreBy::InProcess | RestoreBy::InProcessHuge => RestoreMemory::InProcess(InProcess {
             background_fill: true,
             collapse: args.restore == RestoreBy::InProcessHuge,
-            delivery: Delivery::Userfaultfd,
-        },
+            ..InProcess::default()
+        }),
         RestoreBy::Pager => RestoreMemory::OnDemand {
             socket: args.socket.clone().context("--restore pager needs --socket")?,
             huge_pages: false,

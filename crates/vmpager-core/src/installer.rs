@@ -1,6 +1,9 @@
 //! What a thread that misses a page asks for, if it can install pages by
 //! itself.
 
+use std::fmt::Debug;
+use std::sync::Arc;
+
 use crate::addr::Hva;
 
 /// What came of asking for a page.
@@ -37,4 +40,22 @@ pub trait PageInstaller {
 
     /// Brings the page at `hva`, if it can be had at once.
     fn resolve(&mut self, hva: Hva) -> Resolution;
+}
+
+/// Somebody who waits for pages without sleeping.
+pub trait Watcher: Debug + Send + Sync {
+    /// Pages have changed their state: called often, by whoever changed it, after
+    /// it did. `is_settled` tells whether asking for a page may have another answer
+    /// than [`Resolution::Waiting`].
+    fn changed(&self, is_settled: &dyn Fn(Hva) -> bool);
+}
+
+/// An installer whose pages can be waited for without sleeping.
+pub trait WatchedInstaller: PageInstaller {
+    /// Whether asking for a page may have another answer than
+    /// [`Resolution::Waiting`].
+    fn is_settled(&self, hva: Hva) -> bool;
+
+    /// Has somebody be told of all changes, for as long as the memory is served.
+    fn watch(&self, watcher: Arc<dyn Watcher>);
 }

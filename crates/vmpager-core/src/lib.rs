@@ -17,11 +17,13 @@
 //! | [`present`] | what other processes read of the page map |
 //! | [`huge`] | which 2 MiB to make huge pages of |
 //! | [`prefetch`] | how much to bring in beside a demanded page, and what to fill next |
+//! | [`apf`] | what a guest is told of pages it waits for |
 //! | [`engine`] | what to do about a fault, a removal, a finished read |
 //! | [`source`] | how page contents are asked for |
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod apf;
 pub mod convert;
 pub mod engine;
 pub mod huge;
@@ -37,7 +39,7 @@ mod sync;
 
 pub use addr::{ByteRange, Hva, PageRun, PageSize};
 pub use engine::{Engine, FaultPlan, FillPlan, Piece};
-pub use installer::{PageInstaller, Resolution};
+pub use installer::{PageInstaller, Resolution, WatchedInstaller, Watcher};
 pub use page_map::{Content, LoadWords, MapSlot, PageMap, Words};
 pub use pages::Pages;
 pub use present::{MapError, PresentBits};

@@ -7,9 +7,11 @@
 //!
 //! [`candidates`] tells which guest pages a vCPU touched that stopped on an
 //! access to a missing one, where KVM does not say. [`exit`] makes such pages
-//! exits of the vCPU, installed by its own thread.
+//! exits of the vCPU, installed by its own thread. [`apf`] tells the guest of those
+//! that take long, so that it runs something else.
 #![forbid(unsafe_code)]
 
+pub mod apf;
 pub mod candidates;
 pub mod exit;
 pub mod probe;

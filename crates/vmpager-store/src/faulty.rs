@@ -20,6 +20,7 @@
 
 mod reader;
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -57,7 +58,7 @@ pub struct FaultySource {
 #[derive(Debug, Default)]
 struct Rules {
     fail: Vec<(ByteRange, Times)>,
-    delay: Vec<(ByteRange, Duration)>,
+    delay: Vec<(ByteRange, RangeInclusive<Duration>)>,
     hold: Vec<ByteRange>,
     never_at_hand: bool,
     /// How often [`FaultySource::release`] has been called.
@@ -76,6 +77,14 @@ enum Due {
 
 fn overlap(a: ByteRange, b: ByteRange) -> bool {
     a.start < b.end() && b.start < a.end()
+}
+
+/// A delay for a page: any within the bounds, always the same.
+fn within(bounds: &RangeInclusive<Duration>, page: u64) -> Duration {
+    // Multiplied by an odd number, the high bits depend on all of the page's.
+    let at = page.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 44;
+    let spread = *bounds.end() - *bounds.start();
+    *bounds.start() + spread.mul_f64(at as f64 / f64::from(1 << 20))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -103,6 +112,12 @@ impl FaultySource {
     /// Makes reads wait this long before they begin; the longest delay counts.
     /// They are not at hand.
     pub fn delay(&self, range: ByteRange, delay: Duration) -> &Self {
+        self.delay_between(range, delay..=delay)
+    }
+
+    /// The same, each page with a delay of its own within these bounds: that of a
+    /// read is its first page's. So reads end in another order than they began.
+    pub fn delay_between(&self, range: ByteRange, delay: RangeInclusive<Duration>) -> &Self {
         lock(&self.rules).delay.push((range, delay));
         self
     }
@@ -168,7 +183,7 @@ impl FaultySource {
         let rules = lock(&self.rules);
         !(rules.never_at_hand
             || rules.hold.iter().any(|&held| overlap(held, range))
-            || rules.delay.iter().any(|&(slow, _)| overlap(slow, range)))
+            || rules.delay.iter().any(|(slow, _)| overlap(*slow, range)))
     }
 
     /// The failure a read meets now, if any; takes one off its count.
@@ -197,7 +212,7 @@ impl FaultySource {
         }
         let delays = rules.delay.iter().filter(|(slow, _)| overlap(*slow, range));
         delays
-            .map(|&(_, delay)| delay)
+            .map(|(_, delay)| within(delay, range.start / PAGE))
             .max()
             .map_or(Due::Now, |delay| Due::At(Instant::now() + delay))
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use vmpager::Installer;
 use vmpager::attach::RemoteInstaller;
-use vmpager::core::{Hva, PageInstaller, Resolution};
+use vmpager::core::{Hva, PageInstaller, Resolution, WatchedInstaller, Watcher};
 use vmpager_sys::memory::Mapping;
 use vmpager_sys::uffd::Userfaultfd;
 
@@ -56,6 +56,24 @@ impl PageInstaller for Bringer {
             Self::Pager(installer) => installer.resolve(hva),
             Self::Remote(installer) => installer.resolve(hva),
             Self::Oracle(oracle) => oracle.resolve(hva),
+        }
+    }
+}
+
+/// Guests are told of faults only where the pager of this process brings pages: the
+/// others are not watched.
+impl WatchedInstaller for Bringer {
+    fn is_settled(&self, hva: Hva) -> bool {
+        match self {
+            Self::Pager(installer) => installer.is_settled(hva),
+            Self::Remote(_) | Self::Oracle(_) => true,
+        }
+    }
+
+    fn watch(&self, watcher: Arc<dyn Watcher>) {
+        match self {
+            Self::Pager(installer) => installer.watch(watcher),
+            Self::Remote(_) | Self::Oracle(_) => {}
         }
     }
 }

@@ -155,6 +155,9 @@ pub enum VmError {
     /// Missing pages could not be delivered as exits of a vCPU.
     #[error("delivering missing pages as vCPU exits: {0}")]
     Delivery(#[from] vmpager_kvm::exit::ExitError),
+    /// The guest could not be told of a fault.
+    #[error(transparent)]
+    AsyncFaults(#[from] vmpager_kvm::apf::ApfError),
     /// A page the guest needs cannot be had.
     #[error(
         "the page at gpa {gpa:#x} cannot be had (see the log for why); the guest cannot go on \

@@ -87,12 +87,13 @@ pub use filling::Filling;
 pub use linux::{BootError, LinuxBoot, MAX_VCPUS};
 pub use linux_vm::{LinuxConfig, LinuxVm};
 pub use report::{HostReport, RunReport, Stalls};
-pub use restore::{Delivery, RestoreMemory};
+pub use restore::{AsyncFaults, Delivery, InProcess, RestoreMemory};
 pub use snapshot::{Snapshot, SnapshotPaths};
 pub use state_file::{MAX_STATE_BYTES, StateError, VmState};
 pub use vm::{Cpu, CpuKind, Vm, VmConfig};
 pub use workload::{Order, Workload};
 
+pub use vmpager_kvm::apf::{ApfStats, Refusal};
 pub use vmpager_kvm::exit::{ExitStats, Mechanism as ExitMechanism};
 
 /// Bytes in a page of the guest.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use vmpager::Pager;
+use vmpager_kvm::apf::ApfStats;
 use vmpager_kvm::exit::ExitStats;
 use vmpager_sys::memory::Mapping;
 
@@ -90,7 +91,7 @@ impl LinuxVm {
             return Err(VmError::OtherGuest { path: path.clone(), runs: "the built-in program" });
         };
         let memory = GuestMemory::restore(snapshot, memory)?;
-        let machine = machine(&memory, snapshot.vcpus())?;
+        let mut machine = machine(&memory, snapshot.vcpus())?;
         machine.load(kvm)?;
         // After the interrupt controllers: a device raises what it had raised.
         let interrupt = serial_interrupt(&machine)?;
@@ -223,6 +224,12 @@ impl LinuxVm {
     /// their faults are not delivered so.
     pub fn exit_stats(&self) -> Option<ExitStats> {
         self.machine.exit_stats()
+    }
+
+    /// What the guest's device for asynchronous page faults has done on all vCPUs;
+    /// `None` while they run, or if vmpager does not play it.
+    pub fn async_fault_stats(&self) -> Option<ApfStats> {
+        self.machine.async_fault_stats()
     }
 
     /// The pager in this process, if it brings this guest's memory.

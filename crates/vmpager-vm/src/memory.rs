@@ -32,7 +32,7 @@ use crate::PAGE_SIZE;
 use crate::bringer::{Bringer, Oracle};
 use crate::device::to_usize;
 use crate::error::VmError;
-use crate::restore::Delivery;
+use crate::restore::{AsyncFaults, Delivery};
 
 /// Where the memory below the devices ends.
 pub(crate) const HOLE_START: u64 = 3 << 30;
@@ -77,6 +77,8 @@ pub(crate) struct GuestMemory {
     /// What makes its missing pages exits of vCPUs, if they are. Nobody can
     /// touch it then before [`exits`](Self::exits).
     mechanism: Option<Mechanism>,
+    /// Which of those exits the guest is told of, if vmpager plays its device.
+    async_faults: Option<AsyncFaults>,
     // Dropped after the machine.
     served: Option<Served>,
 }
@@ -119,7 +121,7 @@ impl Served {
 
 impl GuestMemory {
     pub(crate) fn new(mapping: Arc<Mapping>, slots: Vec<Memslot>) -> Self {
-        Self { mapping, slots, memfd: None, mechanism: None, served: None }
+        Self { mapping, slots, memfd: None, mechanism: None, async_faults: None, served: None }
     }
 
     /// The same, its absent pages brought by somebody.
@@ -136,6 +138,17 @@ impl GuestMemory {
             Delivery::Exit(mechanism) => self.mechanism = Some(mechanism),
         }
         Ok(self)
+    }
+
+    /// The same, its guest told of faults, if these are exits.
+    pub(crate) fn with_async_faults(mut self, which: Option<AsyncFaults>) -> Self {
+        self.async_faults = which;
+        self
+    }
+
+    /// Which faults the guest is told of, if vmpager plays its device.
+    pub(crate) fn async_faults(&self) -> Option<AsyncFaults> {
+        self.mechanism.and(self.async_faults)
     }
 
     /// What makes missing pages exits of vCPUs, if they are.

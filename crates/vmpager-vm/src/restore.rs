@@ -5,16 +5,18 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
-use vmpager::Pager;
+use vmpager::core::{Hva, PageSource};
 use vmpager::store::RawFile;
+use vmpager::{NeighbourPolicy, Pager};
 use vmpager_sys::memfd;
 use vmpager_sys::memory::{Access, GuestRange, Mapping};
 use vmpager_sys::peer::send_with_fds;
 use vmpager_sys::uffd::{Features, Userfaultfd};
 
-use vmpager::core::Hva;
+use vmpager_kvm::apf::{self, Policy};
 use vmpager_kvm::exit::Mechanism as ExitMechanism;
 
 use crate::PAGE_SIZE;
@@ -33,6 +35,46 @@ pub enum Delivery {
     /// The vCPU leaves the guest by this mechanism, and its own thread installs
     /// the page (see [`vmpager_kvm::exit`]).
     Exit(ExitMechanism),
+}
+
+/// Which faults a guest is told of, to run something else meanwhile (see
+/// [`vmpager_kvm::apf`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AsyncFaults {
+    /// All whose page is not at hand.
+    Always,
+    /// None: vCPUs wait.
+    Never,
+    /// Those that are expected to wait so long.
+    LongerThan(Duration),
+}
+
+impl AsyncFaults {
+    pub(crate) fn policy(self) -> Arc<dyn Policy> {
+        match self {
+            Self::Always => Arc::new(apf::Always),
+            Self::Never => Arc::new(apf::Never),
+            Self::LongerThan(wait) => Arc::new(apf::LongerThan(wait)),
+        }
+    }
+}
+
+/// How a thread of this process brings memory.
+#[derive(Clone, Debug, Default)]
+pub struct InProcess {
+    /// Whether it brings what is not touched too, while nobody waits.
+    pub background_fill: bool,
+    /// Whether memory comes to lie in huge pages.
+    pub collapse: bool,
+    /// How the faults of vCPUs get to it.
+    pub delivery: Delivery,
+    /// Whether vmpager plays the guest's device for asynchronous page faults, and
+    /// for which faults; with delivery by exits only. Else the device is KVM's.
+    pub async_faults: Option<AsyncFaults>,
+    /// What comes along with a page that is touched.
+    pub neighbours: NeighbourPolicy,
+    /// Where the bytes come from instead of the memory file: as many.
+    pub source: Option<Arc<dyn PageSource>>,
 }
 
 /// Where a restored VM's memory comes from.
@@ -62,14 +104,7 @@ pub enum RestoreMemory {
     },
     /// Absent memory, whose pages a thread of this process brings as they are
     /// touched.
-    InProcess {
-        /// Whether it brings the others too, while nobody waits.
-        background_fill: bool,
-        /// Whether memory comes to lie in huge pages.
-        collapse: bool,
-        /// How the faults of vCPUs get to it.
-        delivery: Delivery,
-    },
+    InProcess(InProcess),
     /// For benchmarks: absent memory, whose pages vCPUs exit on and copy from the
     /// mapped file, with nothing else done about them. Which they are must be
     /// [foretold](crate::Vm::foretell), if the exits do not say; no other thread may
@@ -118,18 +153,24 @@ impl GuestMemory {
                 Ok(Self::new(mapping, slots).served(peer))
             }
             RestoreMemory::Shared { socket, exits } => Self::shared(snapshot, &socket, exits),
-            RestoreMemory::InProcess { background_fill, collapse, delivery } => {
+            RestoreMemory::InProcess(how) => {
                 let mapping = Mapping::for_pager(len).map_err(cannot_map)?;
                 mapping.allow(Access::None).map_err(cannot_map)?;
                 let mapping = Arc::new(mapping);
-                let pager = Pager::builder(RawFile::open(path)?)
+                let source = match how.source {
+                    Some(source) => source,
+                    None => RawFile::open(path)?,
+                };
+                let pager = Pager::builder(source)
                     .region(&GuestRange::of_mapping(&mapping), 0)
-                    .background_fill(background_fill)
-                    .huge_pages(collapse)
+                    .background_fill(how.background_fill)
+                    .huge_pages(how.collapse)
+                    .neighbours(how.neighbours)
                     .start()?;
                 Self::new(mapping, slots)
                     .served(Served::InProcess(Box::new(pager)))
-                    .delivered_by(delivery)
+                    .with_async_faults(how.async_faults)
+                    .delivered_by(how.delivery)
                     .map_err(cannot_map)
             }
             RestoreMemory::Oracle(mechanism) => Self::by_oracle(snapshot, mechanism),

@@ -7,15 +7,18 @@ mod common;
 use std::time::Instant;
 
 use common::{config, cpus, restore_and_run, snapshot};
-use vmpager_vm::{Cpu, Delivery, ExitMechanism, RestoreMemory, Vm, VmConfig, Workload};
+use vmpager_vm::{Cpu, Delivery, ExitMechanism, InProcess, RestoreMemory, Vm, VmConfig, Workload};
 
 fn have_kvm() -> bool {
     cpus().contains(&Cpu::Kvm)
 }
 
 fn by_exits(background_fill: bool) -> RestoreMemory {
-    let delivery = Delivery::Exit(ExitMechanism::View);
-    RestoreMemory::InProcess { background_fill, collapse: false, delivery }
+    RestoreMemory::InProcess(InProcess {
+        background_fill,
+        delivery: Delivery::Exit(ExitMechanism::View),
+        ..InProcess::default()
+    })
 }
 
 #[test]
@@ -129,7 +132,7 @@ fn attributes_bring_every_page_or_are_refused() {
     }
     let (_dir, snapshot) = snapshot(&VmConfig { vcpus: 2, ..config(Cpu::Kvm) });
     let delivery = Delivery::Exit(ExitMechanism::Attributes);
-    let memory = RestoreMemory::InProcess { background_fill: false, collapse: false, delivery };
+    let memory = RestoreMemory::InProcess(InProcess { delivery, ..InProcess::default() });
     let workload = Workload { write_every: 3, ..Workload::default() };
     let restored = restore_and_run(&snapshot, memory, Cpu::Kvm, &workload);
     if !vmpager_kvm::probe::kvm().is_ok_and(|kvm| kvm.exact_memory_faults()) {

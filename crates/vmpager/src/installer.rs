@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use vmpager_core::{
     ByteRange, Content, Hva, PageData, PageInstaller, PageReader, PageRun, PageSize, Resolution,
+    WatchedInstaller, Watcher,
 };
 use vmpager_sys::uffd::Stop;
 
@@ -177,6 +178,16 @@ impl PageInstaller for Installer {
 
     fn resolve(&mut self, hva: Hva) -> Resolution {
         self.bring(hva)
+    }
+}
+
+impl WatchedInstaller for Installer {
+    fn is_settled(&self, hva: Hva) -> bool {
+        self.shared.is_settled_at(hva)
+    }
+
+    fn watch(&self, watcher: Arc<dyn Watcher>) {
+        self.shared.watch(watcher);
     }
 }
 

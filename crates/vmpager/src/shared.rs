@@ -8,7 +8,7 @@ use std::sync::{
 };
 use std::time::Instant;
 
-use vmpager_core::{Content, Pages};
+use vmpager_core::{Content, Hva, Pages, Watcher};
 use vmpager_sys::shared::SharedWords;
 use vmpager_sys::uffd::Userfaultfd;
 
@@ -41,6 +41,9 @@ pub(crate) struct Shared {
     waiters: AtomicU32,
     sleep: Mutex<()>,
     changed: Condvar,
+    /// Who waits without sleeping, and whether there is anybody.
+    watchers: RwLock<Vec<Arc<dyn Watcher>>>,
+    watched: AtomicBool,
 }
 
 impl Shared {
@@ -56,6 +59,8 @@ impl Shared {
             waiters: AtomicU32::new(0),
             sleep: Mutex::new(()),
             changed: Condvar::new(),
+            watchers: RwLock::default(),
+            watched: AtomicBool::new(false),
         }
     }
 
@@ -133,6 +138,21 @@ impl Shared {
             drop(self.locked());
             self.changed.notify_all();
         }
+        if self.watched.load(Ordering::Relaxed) {
+            let watchers = self.watchers.read().unwrap_or_else(PoisonError::into_inner);
+            watchers.iter().for_each(|watcher| watcher.changed(&|hva| self.is_settled_at(hva)));
+        }
+    }
+
+    /// Tells somebody of all changes from now on.
+    pub(crate) fn watch(&self, watcher: Arc<dyn Watcher>) {
+        self.watchers.write().unwrap_or_else(PoisonError::into_inner).push(watcher);
+        self.watched.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether asking for the page at this address again may have another answer.
+    pub(crate) fn is_settled_at(&self, hva: Hva) -> bool {
+        self.pages.slots().page_at(hva).is_none_or(|page| self.is_settled(page))
     }
 
     /// Waits until a page is no longer being fetched, or `until`. False if it

@@ -19,8 +19,8 @@ use vmpager_kvm::probe;
 use vmpager_store::RawFile;
 use vmpager_sys::memory::Mapping;
 use vmpager_vm::{
-    Cpu, Delivery, DeliveryCosts, ExitMechanism, Filling, RestoreMemory, Snapshot, SnapshotPaths,
-    Vm, VmConfig, Workload,
+    Cpu, Delivery, DeliveryCosts, ExitMechanism, Filling, InProcess, RestoreMemory, Snapshot,
+    SnapshotPaths, Vm, VmConfig, Workload,
 };
 
 use super::{median, round, to_f64};
@@ -277,7 +277,7 @@ fn one_run(snapshot: &Snapshot, way: Way, workload: &Workload) -> anyhow::Result
 /// A page per fault in every way: no neighbours.
 fn restore(snapshot: &Snapshot, way: Way) -> anyhow::Result<(Vm, Option<Pager>)> {
     let in_process =
-        |delivery| RestoreMemory::InProcess { background_fill: false, collapse: false, delivery };
+        |delivery| RestoreMemory::InProcess(InProcess { delivery, ..InProcess::default() });
     let by_exits = match way {
         Way::Uffd => None,
         Way::View => Some(in_process(Delivery::Exit(ExitMechanism::View))),

@@ -1,14 +1,21 @@
 //! `vmpager vm restore`: a saved VM runs on.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use clap::ValueEnum;
 use tracing::{info, warn};
+use vmpager::NeighbourPolicy;
+use vmpager::core::PageSource;
+use vmpager_store::RawFile;
+use vmpager_store::faulty::{ALL, FaultySource};
 use vmpager_vm::{
-    Delivery, DeliveryCosts, ExitMechanism, LinuxVm, RestoreMemory, Snapshot, SnapshotPaths,
+    AsyncFaults, Delivery, DeliveryCosts, ExitMechanism, InProcess, LinuxVm, RestoreMemory,
+    Snapshot, SnapshotPaths,
 };
 
 use super::control::ControlSocket;
@@ -21,7 +28,9 @@ use super::session::{self, Session};
     vmpager vm restore --state vm.state --memory vm.mem --memory-mode on-demand\n\n  \
     vmpager serve --socket pager.sock --memory vm.mem --background-fill &\n  \
     vmpager vm restore --state vm.state --memory vm.mem \\\n    \
-    --memory-mode on-demand --pager pager.sock\n\n\
+    --memory-mode on-demand --pager pager.sock\n\n  \
+    vmpager vm restore --state vm.state --memory vm.mem \\\n    \
+    --delivery exit --async-pf 500\n\n\
     One snapshot can be restored any number of times at once; its files must not\n\
     change meanwhile. Console and keyboard are as with `vm run`.\n\n\
     {EXIT_STATUS}"))]
@@ -65,6 +74,19 @@ pub(crate) struct RestoreArgs {
     /// view].
     #[arg(long, value_enum, conflicts_with = "pager")]
     exit_mechanism: Option<MechanismArg>,
+    /// Tell the guest of pages that are not at hand, so that it runs another task
+    /// meanwhile: always, never, or when the wait is expected to be so many
+    /// microseconds. With --delivery exit; without this the guest's device for that
+    /// is KVM's, which is not told of exits.
+    #[arg(long, value_name = "always|never|MICROSECONDS", value_parser = async_faults)]
+    async_pf: Option<AsyncFaults>,
+    /// Have each page that is read take so much longer, to see how a guest fares
+    /// with a slow source: microseconds, or a range of them.
+    #[arg(long, value_name = "MICROSECONDS|FROM-TO", value_parser = delay, conflicts_with = "pager")]
+    source_delay: Option<RangeInclusive<Duration>>,
+    /// What comes along with a page that is touched.
+    #[arg(long, value_enum, default_value_t = NeighboursArg::Adaptive, conflicts_with = "pager")]
+    neighbours: NeighboursArg,
     /// Have guest memory in huge pages of 2 MiB.
     #[arg(long, requires = "pager")]
     huge_pages: bool,
@@ -112,7 +134,55 @@ enum MechanismArg {
     Attributes,
 }
 
+/// What comes along.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum NeighboursArg {
+    /// More and more of the 2 MiB around, where the guest keeps touching.
+    Adaptive,
+    /// Nothing.
+    Off,
+}
+
+fn async_faults(text: &str) -> Result<AsyncFaults, String> {
+    match text {
+        "always" => Ok(AsyncFaults::Always),
+        "never" => Ok(AsyncFaults::Never),
+        _ => microseconds(text).map(AsyncFaults::LongerThan),
+    }
+}
+
+fn delay(text: &str) -> Result<RangeInclusive<Duration>, String> {
+    let (from, to) = text.split_once('-').unwrap_or((text, text));
+    let (from, to) = (microseconds(from)?, microseconds(to)?);
+    if from > to {
+        return Err(format!("{text} ends before it begins; use for example 0-20000"));
+    }
+    Ok(from..=to)
+}
+
+fn microseconds(text: &str) -> Result<Duration, String> {
+    let number: u32 = text
+        .parse()
+        .map_err(|error| format!("`{text}` is no number of microseconds ({error}); use 500"))?;
+    Ok(Duration::from_micros(number.into()))
+}
+
 impl RestoreArgs {
+    fn async_faults(&self) -> anyhow::Result<Option<AsyncFaults>> {
+        if self.async_pf.is_some() && self.delivery != DeliveryArg::Exit {
+            bail!("--async-pf needs --delivery exit; with uffd KVM itself tells the guest")
+        }
+        Ok(self.async_pf)
+    }
+
+    /// The memory file, made slow.
+    fn slow_source(&self) -> anyhow::Result<Option<Arc<dyn PageSource>>> {
+        let Some(delay) = &self.source_delay else { return Ok(None) };
+        let source = FaultySource::wrap(RawFile::open(&self.memory)?);
+        source.delay_between(ALL, delay.clone());
+        Ok(Some(source))
+    }
+
     fn delivery(&self) -> anyhow::Result<Delivery> {
         Ok(match (self.delivery, self.exit_mechanism) {
             (DeliveryArg::Auto, None) => cheaper_delivery(),
@@ -140,6 +210,9 @@ impl RestoreArgs {
             (self.collapse, "--collapse"),
             (self.delivery != DeliveryArg::Uffd, "--delivery"),
             (self.exit_mechanism.is_some(), "--exit-mechanism"),
+            (self.async_pf.is_some(), "--async-pf"),
+            (self.source_delay.is_some(), "--source-delay"),
+            (self.neighbours != NeighboursArg::Adaptive, "--neighbours"),
         ];
         given.into_iter().find(|(is_given, _)| *is_given).map(|(_, name)| name)
     }
@@ -209,11 +282,17 @@ fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
     }
     Ok(match (args.memory_mode, &args.pager) {
         (MemoryMode::OnDemand, Some(socket)) => by_pager(args, socket)?,
-        (MemoryMode::OnDemand, None) => RestoreMemory::InProcess {
+        (MemoryMode::OnDemand, None) => RestoreMemory::InProcess(InProcess {
             background_fill: args.background_fill,
             collapse: args.collapse,
             delivery: args.delivery()?,
-        },
+            async_faults: args.async_faults()?,
+            neighbours: match args.neighbours {
+                NeighboursArg::Adaptive => NeighbourPolicy::default(),
+                NeighboursArg::Off => NeighbourPolicy::Off,
+            },
+            source: args.slow_source()?,
+        }),
         (MemoryMode::Eager, _) => RestoreMemory::Eager,
         (MemoryMode::Mmap, _) => RestoreMemory::Mmap,
     })

@@ -13,7 +13,7 @@ use signal_hook::low_level::pipe;
 use vmpager_vm::{LinuxVm, SnapshotPaths};
 
 use super::control::ControlSocket;
-use super::outcome::{Ended, Exits, RunSummary, since};
+use super::outcome::{AsyncPf, Ended, Exits, RunSummary, since};
 use super::protocol::{Reply, Request, RunState, VmStatus};
 use super::terminal::{self, RawTerminal};
 use crate::vm_process::millis;
@@ -52,6 +52,7 @@ impl Session {
         let end = self.until_end(&quit)?;
         drop(terminal);
         let entered = self.vm.entered();
+        let (exits, async_pf) = (self.vm.exit_stats(), self.vm.async_fault_stats());
         Ok(RunSummary {
             end,
             vcpus: self.vcpus,
@@ -59,7 +60,8 @@ impl Session {
             made_ms: self.made_ms,
             first_instruction_ms: entered.map(|at| millis(at.duration_since(self.started))),
             ran_ms: since(self.started),
-            exits: self.vm.exit_stats().map(Exits::from),
+            exits: exits.map(Exits::from),
+            async_pf: async_pf.zip(exits).map(|(stats, exits)| AsyncPf::new(stats, exits)),
         })
     }
 

@@ -10,12 +10,12 @@ use kvm_bindings::{
     kvm_vcpu_events,
 };
 use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuExit, VcpuFd};
-use vmpager_core::{PageInstaller, Resolution};
+use vmpager_core::{Hva, PageInstaller, Resolution};
 
 use super::memory::{ExitMemory, Mechanism, PresentPages};
 use super::{Delivered, ExitError, ExitStats, Fault, refused};
 use crate::candidates::{
-    CandidateFinder, GuestView, Missing, PAGE_BYTES, Registers, VectorRegisters, XsaveLayout,
+    CandidateFinder, Cause, GuestView, Missing, PAGE_BYTES, Registers, VectorRegisters, XsaveLayout,
 };
 
 /// Enters so often at one spot with nothing missing before it falls back.
@@ -96,10 +96,10 @@ struct Foretold {
 }
 
 /// A copy of what tells what a vCPU was about to do.
-struct State {
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    events: kvm_vcpu_events,
+pub(crate) struct State {
+    pub(crate) regs: kvm_regs,
+    pub(crate) sregs: kvm_sregs,
+    pub(crate) events: kvm_vcpu_events,
 }
 
 impl<I: PageInstaller> ExitDelivery<I> {
@@ -170,6 +170,18 @@ impl<I: PageInstaller> ExitDelivery<I> {
     /// The memory served.
     pub fn memory(&self) -> &ExitMemory {
         &self.memory
+    }
+
+    /// The memory served, to be shared.
+    pub(crate) fn shared_memory(&self) -> &Arc<ExitMemory> {
+        &self.memory
+    }
+
+    /// Has a page brought, though no vCPU misses it now.
+    pub(crate) fn ask_for(&mut self, hva: Hva) {
+        if self.installer.resolve(hva) == Resolution::Installed {
+            self.stats.installed += 1;
+        }
     }
 
     /// Deals with a fault that has just ended this vCPU's `KVM_RUN`.
@@ -347,7 +359,31 @@ impl<I: PageInstaller> ExitDelivery<I> {
         Ok(answer)
     }
 
-    fn state(&self, vcpu: &VcpuFd) -> Result<State, ExitError> {
+    /// Whether what a vCPU misses first is part of the delivery of an event, an
+    /// instruction's own (`INT n`) included.
+    pub(crate) fn misses_an_event(&mut self, state: &State) -> bool {
+        let registers = Registers {
+            regs: &state.regs,
+            sregs: &state.sregs,
+            events: &state.events,
+            xsave_bytes: self.xsave.bytes,
+        };
+        let view = PresentPages { installer: &self.installer, memory: &self.memory };
+        // Vector registers hold no event's addresses.
+        let missing = self.finder.missing(&registers, &view, || None);
+        let first = missing.pages().first();
+        first.is_some_and(|first| match first.cause {
+            Cause::Code | Cause::PageTable | Cause::Operand => false,
+            Cause::Descriptor
+            | Cause::InterruptTable
+            | Cause::TaskState
+            | Cause::EventStack
+            | Cause::Handler => true,
+        })
+    }
+
+    /// What a vCPU was about to do when its `KVM_RUN` ended with a fault.
+    pub(crate) fn state(&self, vcpu: &VcpuFd) -> Result<State, ExitError> {
         if self.syncs {
             let kvm_sync_regs { regs, sregs, events } = vcpu.sync_regs();
             return Ok(State { regs, sregs, events });

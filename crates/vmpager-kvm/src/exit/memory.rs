@@ -102,6 +102,36 @@ impl ExitMemory {
         self.slot(gpa).map(|slot| self.hva_in(slot, gpa))
     }
 
+    /// Reads memory. Waits for it where it is missing, as any thread does.
+    ///
+    /// `None` if not all of it is memory of one memslot.
+    pub(crate) fn read<const N: usize>(&self, gpa: u64) -> Option<[u8; N]> {
+        let offset = self.offset(gpa, N)?;
+        let mut bytes = [0; N];
+        self.mapping.read(offset, &mut bytes);
+        Some(bytes)
+    }
+
+    /// Writes memory, as [`read`](Self::read) reads it. False if it is none.
+    pub(crate) fn write(&self, gpa: u64, bytes: &[u8]) -> bool {
+        let Some(offset) = self.offset(gpa, bytes.len()) else { return false };
+        self.mapping.write(offset, bytes);
+        true
+    }
+
+    /// Whether so many bytes are memory of one memslot.
+    pub(crate) fn is_memory(&self, gpa: u64, len: usize) -> bool {
+        self.offset(gpa, len).is_some()
+    }
+
+    /// Where in the mapping so many bytes are.
+    fn offset(&self, gpa: u64, len: usize) -> Option<usize> {
+        let slot = self.slot(gpa)?;
+        let offset = gpa - slot.gpa;
+        let fits = u64::try_from(len).is_ok_and(|len| len <= slot.len - offset);
+        fits.then(|| usize::try_from(slot.offset + offset).ok()).flatten()
+    }
+
     fn hva_in(&self, slot: &GpaRange, gpa: u64) -> Hva {
         Hva(self.mapping.hva() + slot.offset + (gpa - slot.gpa))
     }

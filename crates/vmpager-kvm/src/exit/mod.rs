@@ -44,6 +44,7 @@ mod view;
 use kvm_ioctls::VcpuExit;
 
 pub use delivery::ExitDelivery;
+pub(crate) use delivery::State;
 pub use memory::{ExitMemory, GpaRange, Mechanism};
 
 /// A `KVM_RUN` that ended with `EFAULT`.

@@ -1,6 +1,7 @@
 //! The tests. Each runs in a process of its own with an empty current
 //! directory, and fails by returning an error.
 
+mod apf;
 mod beat;
 mod exits;
 mod faulty;
@@ -113,6 +114,13 @@ pub(crate) const ALL: &[Case] = &[
         "restored_by_attributes_with_fill_it_goes_on",
         90,
         exits::restored_by_attributes_with_fill_it_goes_on,
+    ),
+    case("apf", "told_of_faults_it_goes_on", 90, apf::told_of_faults_it_goes_on),
+    case(
+        "apf",
+        "told_of_faults_on_two_vcpus_it_goes_on",
+        90,
+        apf::told_of_faults_on_two_vcpus_it_goes_on,
     ),
     case(
         "faulty",

@@ -34,7 +34,7 @@ impl Builtin {
         layout: &Layout,
         saved: Option<&KvmState>,
     ) -> Result<Self, VmError> {
-        let machine = Machine::new(parts)?;
+        let mut machine = Machine::new(parts)?;
         match saved {
             Some(state) => machine.load(state)?,
             None => {

@@ -8,7 +8,7 @@
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::kvm_run;
@@ -17,6 +17,8 @@ use vmpager_sys::memory::Mapping;
 
 use crate::PAGE_BYTES;
 
+/// The byte says "stay out" and "come out": two reasons, of which the first is kept
+/// beside it.
 const IMMEDIATE_EXIT: usize = offset_of!(kvm_run, immediate_exit);
 
 /// Stops one vCPU, from any thread.
@@ -25,6 +27,7 @@ pub(crate) struct Kick {
     /// The start of `kvm_run`, mapped once more: the vCPU's own mapping belongs
     /// to the thread that runs it.
     run: Mapping,
+    stopped: AtomicBool,
     /// The thread that runs the vCPU; 0 if none does.
     thread: AtomicI32,
 }
@@ -37,14 +40,32 @@ impl Kick {
         // mapping is made.
         let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
         let run = Mapping::file_shared(fd, PAGE_BYTES)?;
-        Ok(Self { run, thread: AtomicI32::new(0) })
+        Ok(Self { run, stopped: AtomicBool::new(false), thread: AtomicI32::new(0) })
     }
 
     /// Has the vCPU stop as soon as it can, and stay out of the guest until
     /// [`clear`](Self::clear).
     pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.call();
+    }
+
+    /// Has the vCPU leave the guest as soon as it can, or not enter it, until its
+    /// thread [has come](Self::came).
+    pub(super) fn call(&self) {
         self.run.write(IMMEDIATE_EXIT, &[1]);
         self.interrupt();
+    }
+
+    /// The vCPU is out of the guest: calls are over. What was to be done must be
+    /// looked for afterwards.
+    pub(super) fn came(&self) {
+        self.run.write(IMMEDIATE_EXIT, &[0]);
+        fence(Ordering::SeqCst);
+        // Stopping comes before the byte: it is seen here, or the byte comes later.
+        if self.is_stopped() {
+            self.run.write(IMMEDIATE_EXIT, &[1]);
+        }
     }
 
     /// Interrupts the vCPU, should it be in the guest just now. It may enter
@@ -62,14 +83,13 @@ impl Kick {
 
     /// Lets it enter the guest again.
     pub(crate) fn clear(&self) {
+        self.stopped.store(false, Ordering::SeqCst);
         self.run.write(IMMEDIATE_EXIT, &[0]);
     }
 
     /// Whether it is to stay out of the guest.
     pub(super) fn is_stopped(&self) -> bool {
-        let mut byte = [0];
-        self.run.read(IMMEDIATE_EXIT, &mut byte);
-        byte != [0]
+        self.stopped.load(Ordering::SeqCst)
     }
 
     /// The calling thread runs the vCPU from now on; it does until the answer

@@ -9,6 +9,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
+use vmpager_kvm::apf::{self, ApfStats};
 use vmpager_kvm::exit::ExitStats;
 use vmpager_sys::memory::Mapping;
 
@@ -59,7 +60,13 @@ impl Machine {
         let offered = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("tell what processor it offers"))?;
-        let scope = StateScope::of(&kvm, &vm, parts.irqchip)?;
+        // Without interrupt controllers no guest can be told that a page came.
+        let async_faults = parts.memory.async_faults().filter(|_| parts.irqchip);
+        apf::allow_payloads(&vm)?;
+        if async_faults.is_some() {
+            apf::take_registers(&vm)?;
+        }
+        let scope = StateScope::of(&kvm, &vm, parts.irqchip, async_faults.is_none())?;
         let mut exits = parts.memory.exits(&vm, parts.vcpus)?;
         let mut vcpus = Vec::new();
         for id in 0..parts.vcpus {
@@ -76,6 +83,9 @@ impl Machine {
                 && let Some(bringer) = exits.bringers.pop()
             {
                 vcpu.deliver_by_exits(&kvm, exits.memory.clone(), bringer)?;
+                if let Some(which) = async_faults {
+                    vcpu.tell_of_faults(vm.clone(), which.policy())?;
+                }
             }
             vcpus.push(vcpu);
         }
@@ -84,8 +94,9 @@ impl Machine {
 
     /// Puts a saved state into a machine that has not run. Its memory must be
     /// there, or be served by now: KVM touches it.
-    pub(crate) fn load(&self, state: &KvmState) -> Result<(), VmError> {
-        state.load(&self.vm, self.vcpus.iter().map(|vcpu| &vcpu.fd), &self.scope)
+    pub(crate) fn load(&mut self, state: &KvmState) -> Result<(), VmError> {
+        state.load(&self.vm, self.vcpus.iter().map(|vcpu| &vcpu.fd), &self.scope)?;
+        self.vcpus.iter_mut().zip(&state.vcpus).try_for_each(|(vcpu, s)| vcpu.load_async_faults(s))
     }
 
     /// The state of a machine whose vCPUs do not run.
@@ -117,6 +128,12 @@ impl Machine {
     /// What exit delivery has done on all vCPUs, if there is any.
     pub(crate) fn exit_stats(&self) -> Option<ExitStats> {
         self.vcpus.iter().filter_map(Vcpu::exit_stats).reduce(|a, b| a + b)
+    }
+
+    /// What the device for asynchronous page faults has done on all vCPUs, if
+    /// vmpager plays it.
+    pub(crate) fn async_fault_stats(&self) -> Option<ApfStats> {
+        self.vcpus.iter().filter_map(Vcpu::async_fault_stats).reduce(|a, b| a + b)
     }
 
     /// Tells a guest with KVM's clock that it was paused, lest its watchdogs take

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vmpager_kvm::apf::{ApfStats, AsyncFaults, Caller, Policy, Told};
 use vmpager_kvm::exit::{Delivered, ExitDelivery, ExitMemory, ExitStats, Fault};
 
 use super::kick::Kick;
 use super::refused;
-use super::state::{StateScope, VcpuState};
+use super::state::{Msr, StateScope, VcpuState, is_async_pf};
 use crate::bringer::Bringer;
 use crate::error::VmError;
 
@@ -22,6 +23,8 @@ pub(crate) struct Vcpu {
     kick: Arc<Kick>,
     /// Brings missing pages, if they are exits.
     exits: Option<Box<ExitDelivery<Bringer>>>,
+    /// Tells the guest of those that take long, if vmpager plays that device.
+    async_faults: Option<Box<AsyncFaults>>,
 }
 
 /// What comes of one exit.
@@ -49,7 +52,7 @@ impl Vcpu {
     pub(super) fn new(id: u64, fd: VcpuFd) -> Result<Self, VmError> {
         let kick = Kick::new(&fd)
             .map_err(|error| VmError::Kvm { what: "share a vCPU's page of control", error })?;
-        Ok(Self { id, fd, kick: Arc::new(kick), exits: None })
+        Ok(Self { id, fd, kick: Arc::new(kick), exits: None, async_faults: None })
     }
 
     /// Has its missing pages be exits of its own, brought by `bringer`.
@@ -62,6 +65,34 @@ impl Vcpu {
         let exits = ExitDelivery::new(kvm, &mut self.fd, memory, bringer)?;
         self.exits = Some(Box::new(exits));
         Ok(())
+    }
+
+    /// Plays its device for asynchronous page faults, if its missing pages are exits.
+    pub(super) fn tell_of_faults(
+        &mut self,
+        vm: Arc<VmFd>,
+        policy: Arc<dyn Policy>,
+    ) -> Result<(), VmError> {
+        let Some(exits) = &self.exits else { return Ok(()) };
+        let kick = self.kick.clone();
+        let caller = Arc::new(Caller::new(move || kick.call()));
+        let device = AsyncFaults::new(vm, (self.id, &self.fd), exits, caller, policy)?;
+        self.async_faults = Some(Box::new(device));
+        Ok(())
+    }
+
+    /// Loads the state of the device that vmpager plays.
+    pub(super) fn load_async_faults(&mut self, state: &VcpuState) -> Result<(), VmError> {
+        let Some(device) = &mut self.async_faults else { return Ok(()) };
+        for msr in state.msrs.iter().filter(|msr| is_async_pf(msr.index)) {
+            device.load(&self.fd, msr.index, msr.value)?;
+        }
+        Ok(())
+    }
+
+    /// What the device that vmpager plays has done, if there is one.
+    pub(crate) fn async_fault_stats(&self) -> Option<ApfStats> {
+        self.async_faults.as_ref().map(|device| device.stats())
     }
 
     /// Tells exit delivery, if there is one, what will be missing.
@@ -94,6 +125,9 @@ impl Vcpu {
         let kick = self.kick.clone();
         let _inside = kick.enter();
         loop {
+            if let (Some(device), Some(exits)) = (&mut self.async_faults, &self.exits) {
+                device.before_entry(&self.fd, exits)?;
+            }
             let ran = self.fd.run();
             let fault = Fault::of(&ran).filter(|_| self.exits.is_some());
             let exit = match (fault, ran) {
@@ -102,16 +136,25 @@ impl Vcpu {
                     Answer::Stop(why) => return Ok(Stopped::Answered(why)),
                     Answer::Unexpected(exit) => exit,
                 },
-                (None, Ok(exit)) => match on_exit(exit) {
-                    Answer::GoOn => continue,
-                    Answer::Stop(why) => return Ok(Stopped::Answered(why)),
-                    Answer::Unexpected(exit) => exit,
-                },
-                // KVM completes the last exit before it looks at the kick.
-                (None, Err(e)) if is_interrupted(e) && kick.is_stopped() => {
-                    return Ok(Stopped::Kicked);
+                (None, Ok(mut exit)) => {
+                    if self.async_faults.as_mut().is_some_and(|device| device.on_exit(&mut exit)) {
+                        continue;
+                    }
+                    match on_exit(exit) {
+                        Answer::GoOn => continue,
+                        Answer::Stop(why) => return Ok(Stopped::Answered(why)),
+                        Answer::Unexpected(exit) => exit,
+                    }
                 }
-                (None, Err(e)) if is_interrupted(e) => continue,
+                // KVM completes the last exit before it looks at the kick.
+                (None, Err(e)) if is_interrupted(e) => {
+                    kick.came();
+                    if kick.is_stopped() {
+                        self.leave_park()?;
+                        return Ok(Stopped::Kicked);
+                    }
+                    continue;
+                }
                 (None, Err(e)) => failed(e),
             };
             return Err(self.unexpected(exit));
@@ -124,15 +167,28 @@ impl Vcpu {
         fault: Fault,
         on_exit: &mut impl FnMut(VcpuExit<'_>) -> Answer<S>,
     ) -> Result<Answer<S>, VmError> {
+        self.leave_park()?;
         let Some(exits) = &mut self.exits else { return Ok(Answer::GoOn) };
         let mut delivered = exits.after_fault(&self.fd, fault)?;
+        let mut may_tell = true;
         loop {
             return match delivered {
                 Delivered::Resumed => Ok(Answer::GoOn),
                 Delivered::Waiting(gpa) => {
-                    if let Some(hva) = exits.memory().hva(gpa)
-                        && exits.installer().wait(hva, Instant::now() + LOOK)
+                    let since = Instant::now();
+                    if let Some(device) = self.async_faults.as_mut().filter(|_| may_tell)
+                        && device.on_wait(&self.fd, exits, gpa)? != Told::Nobody
                     {
+                        return Ok(Answer::GoOn);
+                    }
+                    // Once for each fault.
+                    may_tell = false;
+                    if let Some(hva) = exits.memory().hva(gpa)
+                        && exits.installer().wait(hva, since + LOOK)
+                    {
+                        if let Some(device) = &mut self.async_faults {
+                            device.waited(since.elapsed());
+                        }
                         delivered = exits.ask_again(gpa)?;
                         continue;
                     }
@@ -158,10 +214,23 @@ impl Vcpu {
         }
     }
 
+    fn leave_park(&mut self) -> Result<(), VmError> {
+        if let (Some(device), Some(exits)) = (&mut self.async_faults, &self.exits) {
+            device.leave_park(&self.fd, exits)?;
+        }
+        Ok(())
+    }
+
     /// Takes its state, which is that after its last instruction.
     pub(super) fn save(&mut self, scope: &StateScope) -> Result<VcpuState, VmError> {
         self.complete()?;
-        VcpuState::save(&self.fd, scope)
+        let mut state = VcpuState::save(&self.fd, scope)?;
+        if let Some(device) = &self.async_faults {
+            // What KVM has of them is not the guest's.
+            state.msrs.retain(|msr| !is_async_pf(msr.index));
+            state.msrs.extend(device.save().map(|(index, value)| Msr { index, value }));
+        }
+        Ok(state)
     }
 
     /// Completes the instruction of the last exit, and executes no other.

@@ -37,6 +37,7 @@ pub(crate) use irqchip::Irqchip;
 pub(crate) use irqchip::MachineState;
 #[cfg(test)]
 pub(crate) use lapic::Lapic;
+pub(crate) use msrs::{Msr, is_async_pf};
 pub(crate) use scope::StateScope;
 pub(crate) use vcpu::VcpuState;
 

@@ -31,10 +31,16 @@ const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 
 /// KVM's own registers: clock, async page faults, steal time, end of interrupt.
 const PARAVIRTUAL: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
-/// The vector of async page faults, which `0x4b56_4d02` enables. Both are KVM's
-/// as long as KVM plays that device: whoever plays it instead keeps their values,
-/// and must not have KVM load them.
+/// The vector of async page faults, and what enables them. Both are KVM's as long
+/// as KVM plays that device: whoever plays it instead keeps their values, and KVM
+/// must not load them.
 const ASYNC_PF_INTERRUPT: u32 = 0x4b56_4d06;
+const ASYNC_PF_ENABLE: u32 = 0x4b56_4d02;
+
+/// Whether a register that is state is one of the device's for async page faults.
+pub(crate) fn is_async_pf(index: u32) -> bool {
+    [ASYNC_PF_ENABLE, ASYNC_PF_INTERRUPT].contains(&index)
+}
 
 /// How many are read or written at a time: less than `KVM_MAX_MSR_ENTRIES`.
 const BATCH: usize = 128;
@@ -100,10 +106,12 @@ fn read(fd: &VcpuFd, mut indices: &[u32]) -> Result<Vec<Msr>, VmError> {
 /// Writes those that differ. KVM lists some that it lets nobody write as this
 /// vCPU is, or whose write it takes for a guest's use of what they control: these
 /// have their saved value already.
-pub(super) fn load(fd: &VcpuFd, saved: &[Msr]) -> Result<(), VmError> {
+pub(super) fn load(fd: &VcpuFd, saved: &[Msr], scope: &StateScope) -> Result<(), VmError> {
+    let is_kvms = |msr: &&Msr| scope.async_pf || !is_async_pf(msr.index);
+    let saved: Vec<Msr> = saved.iter().filter(is_kvms).copied().collect();
     let indices: Vec<u32> = saved.iter().map(|msr| msr.index).collect();
     let own = read(fd, &indices)?;
-    let differing: Vec<Msr> = saved.iter().filter(|msr| !own.contains(msr)).copied().collect();
+    let differing: Vec<Msr> = saved.into_iter().filter(|msr| !own.contains(msr)).collect();
     for wanted in differing.chunks(BATCH) {
         let entries: Vec<_> = wanted
             .iter()

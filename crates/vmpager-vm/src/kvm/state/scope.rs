@@ -12,6 +12,8 @@ use crate::error::VmError;
 pub(crate) struct StateScope {
     /// Whether the interrupt controllers and the timer are KVM's.
     pub(super) irqchip: bool,
+    /// Whether the device for async page faults is KVM's.
+    pub(super) async_pf: bool,
     /// Whether a guest's TSC can have another frequency than the host's.
     pub(super) scales_tsc: bool,
     /// Size of the XSAVE area.
@@ -26,12 +28,13 @@ impl StateScope {
     /// # Errors
     ///
     /// If it does not answer.
-    pub(crate) fn of(kvm: &Kvm, vm: &VmFd, irqchip: bool) -> Result<Self, VmError> {
+    pub(crate) fn of(kvm: &Kvm, vm: &VmFd, irqchip: bool, async_pf: bool) -> Result<Self, VmError> {
         let msrs = kvm.get_msr_index_list().map_err(refused("list its MSRs"))?;
         // 0 before Linux 5.17, where the area has its legacy size.
         let xsave_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             irqchip,
+            async_pf,
             scales_tsc: vm.check_extension(Cap::TscControl),
             xsave_bytes: xsave_bytes.max(LEGACY_BYTES).next_multiple_of(WORD),
             msrs: msrs.as_slice().to_vec(),

@@ -59,7 +59,7 @@ impl Machine {
             fd
         };
         let vcpus = vec![vcpu(0), vcpu(1)];
-        let scope = StateScope::of(&kvm, &vm, irqchip).unwrap();
+        let scope = StateScope::of(&kvm, &vm, irqchip, true).unwrap();
         Some(Self { vcpus, vm, scope, memory })
     }
 

@@ -92,7 +92,7 @@ impl VcpuState {
             fd.set_lapic(&lapic.into()).map_err(refused("load the local APIC"))?;
         }
         // After the local APIC, whose timer mode decides what the deadline means.
-        msrs::load(fd, &self.msrs)?;
+        msrs::load(fd, &self.msrs, scope)?;
         let mp_state = kvm_mp_state { mp_state: self.mp_state };
         fd.set_mp_state(mp_state).map_err(refused("load the vCPU's run state"))?;
         let events = self.events.clone().into();
