@@ -81,8 +81,10 @@ impl Memory {
 
     fn perform(&mut self, step: &Step) -> bool {
         self.log.push(step.clone());
-        let (Step::Close { pages, .. } | Step::Discard { pages, .. } | Step::Open { pages, .. }) =
-            step;
+        let (Step::Close { pages, .. }
+        | Step::Discard { pages, .. }
+        | Step::Open { pages, .. }
+        | Step::Reopen { pages, .. }) = step;
         let fails = self.fails.iter().find(|(at, _)| *at == self.steps).map(|(_, part)| *part);
         self.steps += 1;
         let end = fails.map_or(pages.end, |part| pages.end.min(pages.start + part));
@@ -90,9 +92,13 @@ impl Memory {
             let places = self.places;
             let page = self.page(number);
             match (step, places) {
-                (Step::Close { to, .. } | Step::Open { to, .. }, Places::Two) => page.guest = *to,
+                (Step::Close { to, .. } | Step::Reopen { to, .. }, Places::Two) => page.guest = *to,
+                // Closing to one is opening to the other.
+                (Step::Open { to, .. }, Places::Two) => assert_eq!(page.guest, *to),
                 (Step::Close { to, .. }, Places::One) => page.host &= *to == Kind::Shared,
-                (Step::Open { to, .. }, Places::One) => page.host = *to == Kind::Shared,
+                (Step::Open { to, .. } | Step::Reopen { to, .. }, Places::One) => {
+                    page.host = *to == Kind::Shared
+                }
                 (Step::Discard { of: Kind::Private, .. }, Places::Two) => page.private = 0,
                 (Step::Discard { .. }, _) => page.shared = 0,
             }
@@ -359,7 +365,10 @@ impl World {
 }
 
 fn touches(step: &Step, page: u64) -> bool {
-    let (Step::Close { pages, .. } | Step::Discard { pages, .. } | Step::Open { pages, .. }) = step;
+    let (Step::Close { pages, .. }
+    | Step::Discard { pages, .. }
+    | Step::Open { pages, .. }
+    | Step::Reopen { pages, .. }) = step;
     pages.contains(&page)
 }
 

@@ -2,9 +2,10 @@
 //! resizing, so that no mapping of one can ever fault for being beyond its end.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 
 /// Makes a memfd of `len` zeroes, which cost memory only once written.
 ///
@@ -51,6 +52,18 @@ pub fn sealed_len(fd: BorrowedFd<'_>) -> io::Result<u64> {
 pub fn read_only(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// Gives the memory of some bytes back: they read as zeroes from then on, for
+/// everybody (`FALLOC_FL_PUNCH_HOLE`). Of a memfd or a guest_memfd, in whole pages.
+///
+/// # Errors
+///
+/// What fallocate(2) says; some of it may be given back.
+pub fn punch_hole(fd: BorrowedFd<'_>, bytes: Range<usize>) -> io::Result<()> {
+    let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let len = bytes.end.saturating_sub(bytes.start) as u64;
+    Ok(rustix::io::retry_on_intr(|| rustix::fs::fallocate(fd, how, bytes.start as u64, len))?)
 }
 
 /// Whether two descriptors are of the same file.

@@ -127,14 +127,31 @@ impl Mapping {
     ///
     /// If the kernel refuses (a file that may not be written, say).
     pub fn allow(&self, access: Access) -> io::Result<()> {
+        self.allow_in(0..self.len, access)
+    }
+
+    /// Changes what may be done with some of the memory, in whole pages. Each
+    /// boundary between what may and may not be done costs a mapping, of which a
+    /// process has `vm.max_map_count`.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses: some of it may have changed.
+    ///
+    /// # Panics
+    ///
+    /// If the range is outside.
+    pub fn allow_in(&self, range: Range<usize>, access: Access) -> io::Result<()> {
+        let len = range.end.saturating_sub(range.start);
+        let at = self.at(range.start, len);
         let flags = match access {
             Access::None => MprotectFlags::empty(),
             Access::Write => MprotectFlags::WRITE,
             Access::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
         };
-        // SAFETY: all of it belongs to this mapping. What is forbidden ends in
-        // a signal, not in wrong bytes.
-        Ok(unsafe { mm::mprotect(self.base.as_ptr().cast(), self.len, flags) }?)
+        // SAFETY: all of it belongs to this mapping, as just checked. What is
+        // forbidden ends in a signal, not in wrong bytes.
+        Ok(unsafe { mm::mprotect(at.cast(), len, flags) }?)
     }
 
     fn map_anonymous(len: usize, flags: MapFlags) -> io::Result<Self> {

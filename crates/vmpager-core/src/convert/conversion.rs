@@ -24,9 +24,17 @@ pub enum Step {
         /// The kind of the memory that is emptied.
         of: Kind,
     },
-    /// Who has pages of this kind can reach these. They are contiguous, perhaps
-    /// across slots.
+    /// Who has pages of this kind can reach these, which were closed for it. They
+    /// are contiguous, perhaps across slots.
     Open {
+        /// The pages.
+        pages: Range<u64>,
+        /// The kind.
+        to: Kind,
+    },
+    /// The same for pages that may be closed, open, or open to others: the way
+    /// back.
+    Reopen {
         /// The pages.
         pages: Range<u64>,
         /// The kind.
@@ -42,6 +50,8 @@ enum Phase {
     Close,
     Discard,
     Open,
+    /// What an earlier failure left open to nobody.
+    Repair,
     /// Back to where they were.
     Reopen,
     /// What came into the memory they do not go to.
@@ -120,7 +130,8 @@ impl Conversion {
             Phase::Close => Some(Step::Close { pages, to }),
             Phase::Discard => Some(Step::Discard { pages, of: to.other() }),
             Phase::Open => Some(Step::Open { pages, to }),
-            Phase::Reopen => Some(Step::Open { pages, to: to.other() }),
+            Phase::Repair => Some(Step::Reopen { pages, to }),
+            Phase::Reopen => Some(Step::Reopen { pages, to: to.other() }),
             Phase::Over => None,
         }
     }
@@ -132,7 +143,7 @@ impl Conversion {
         if is_done {
             match self.phase {
                 Phase::Discard => self.changed += 1,
-                Phase::Open | Phase::Reopen => self.opened.push(pages),
+                Phase::Open | Phase::Repair | Phase::Reopen => self.opened.push(pages),
                 _ => {}
             }
             return;
@@ -145,7 +156,7 @@ impl Conversion {
             Phase::Close => self.enter(Phase::Reopen),
             // Those before it have lost their contents, and go on.
             Phase::Discard => self.left.clear(),
-            Phase::Open => self.closed.push(pages),
+            Phase::Open | Phase::Repair => self.closed.push(pages),
             Phase::Reopen => {
                 // Where to close is to open to the others, they may come back.
                 if !self.in_place {
@@ -163,7 +174,8 @@ impl Conversion {
             Phase::Clear => Phase::Close,
             Phase::Close => Phase::Discard,
             Phase::Discard => Phase::Open,
-            Phase::Open => Phase::Reopen,
+            Phase::Open => Phase::Repair,
+            Phase::Repair => Phase::Reopen,
             Phase::Reopen => Phase::Withdraw,
             Phase::Withdraw | Phase::Over => Phase::Over,
         };
@@ -182,7 +194,8 @@ impl Conversion {
                 VecDeque::new()
             }
             Phase::Discard => self.pieces.clone().into(),
-            Phase::Open => joined(changed).into_iter().chain(self.repairs.clone()).collect(),
+            Phase::Open => joined(changed).into(),
+            Phase::Repair => joined(&self.repairs).into(),
             Phase::Reopen => joined(unchanged).into(),
             Phase::Withdraw if self.in_place => VecDeque::new(),
             Phase::Withdraw => unchanged.to_vec().into(),

@@ -3,7 +3,7 @@
 //!
 //! Each page has one [`Kind`] at any time. A *conversion* gives a range of pages
 //! the other one, and says what becomes of their contents ([`Contents`]). What it
-//! takes is done by a back-end, in three kinds of [`Step`]:
+//! takes is done by a back-end, step by [`Step`]:
 //!
 //! ```text
 //!   close    whoever is to lose the pages can reach them no more, vCPUs included

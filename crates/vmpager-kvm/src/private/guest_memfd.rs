@@ -1,0 +1,94 @@
+//! guest_memfd for private pages, beside a mapping for shared ones.
+//!
+//! `KVM_SET_MEMORY_ATTRIBUTES` both closes pages and opens them: from its return on
+//! vCPUs get them from the other memory. It zaps the range, and only that, from
+//! stage 2; faults that were on their way find that out and start again
+//! (`Documentation/virt/kvm/api.rst`). Up to Linux 7.2 nothing moves data between
+//! the two, and the host can neither read nor write private pages.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_memory_attributes};
+use kvm_ioctls::VmFd;
+use vmpager_core::convert::{Kind, Places};
+use vmpager_sys::memfd;
+use vmpager_sys::memory::Mapping;
+
+use super::Backend;
+use super::backend::pieces;
+use crate::exit::GpaRange;
+
+/// Memslots that have a guest_memfd for private pages.
+#[derive(Debug)]
+pub struct GuestMemfd {
+    vm: Arc<VmFd>,
+    private: OwnedFd,
+    shared: Arc<Mapping>,
+    slots: Vec<GpaRange>,
+}
+
+impl GuestMemfd {
+    /// For a VM with memory attributes whose memslots are `slots`; in each, byte
+    /// `offset` of `private` and of `shared`, a mapping of shared memory, is the
+    /// first.
+    pub fn new(
+        vm: Arc<VmFd>,
+        private: OwnedFd,
+        shared: Arc<Mapping>,
+        slots: Vec<GpaRange>,
+    ) -> Self {
+        Self { vm, private, shared, slots }
+    }
+
+    fn set(&self, range: Range<u64>, kind: Kind) -> io::Result<()> {
+        let attributes = match kind {
+            Kind::Private => u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE),
+            Kind::Shared => 0,
+        };
+        let size = range.end - range.start;
+        let wanted = kvm_memory_attributes { address: range.start, size, attributes, flags: 0 };
+        loop {
+            match self.vm.set_memory_attributes(wanted).map_err(io::Error::from) {
+                // A signal came in between.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                set => return set,
+            }
+        }
+    }
+}
+
+impl Backend for GuestMemfd {
+    fn name(&self) -> &'static str {
+        "guest_memfd"
+    }
+
+    fn places(&self) -> Places {
+        Places::Two
+    }
+
+    fn close(&self, range: Range<u64>, to: Kind) -> io::Result<()> {
+        self.set(range, to)
+    }
+
+    fn discard(&self, range: Range<u64>, of: Kind) -> io::Result<()> {
+        for piece in pieces(&self.slots, &range)? {
+            match of {
+                Kind::Private => memfd::punch_hole(self.private.as_fd(), piece)?,
+                Kind::Shared => self.shared.remove(piece)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Closing has done it already.
+    fn open(&self, _: Range<u64>, _: Kind) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reopen(&self, range: Range<u64>, to: Kind) -> io::Result<()> {
+        self.set(range, to)
+    }
+}

@@ -1,0 +1,189 @@
+//! Conversions by a back-end that fails on demand, from several threads.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::{io, thread};
+
+use vmpager_core::convert::{Contents, Kind, PAGE_BYTES, Places, Request, State};
+
+use super::*;
+
+/// Fails the steps it is told to, and sees to it that no two work on one page.
+#[derive(Debug, Default)]
+struct Fake {
+    calls: Mutex<Vec<String>>,
+    fails: Mutex<Vec<&'static str>>,
+    /// A bit for each page that a step works on.
+    at_work: AtomicU64,
+}
+
+impl Fake {
+    fn call(&self, what: &str, range: &Range<u64>) -> io::Result<()> {
+        let pages = range.start / PAGE_BYTES..range.end / PAGE_BYTES;
+        let mask = pages.clone().fold(0, |mask, page| mask | 1 << page);
+        assert_eq!(self.at_work.fetch_or(mask, Ordering::SeqCst) & mask, 0, "{pages:?} twice");
+        thread::yield_now();
+        self.at_work.fetch_and(!mask, Ordering::SeqCst);
+        let call = format!("{what} {pages:?}");
+        let mut fails = self.fails.lock().expect("no panic");
+        let failing = fails.iter().position(|name| *name == call);
+        self.calls.lock().expect("no panic").push(call);
+        match failing {
+            Some(at) => {
+                fails.remove(at);
+                Err(io::Error::from_raw_os_error(12))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Backend for Arc<Fake> {
+    fn name(&self) -> &'static str {
+        "a fake"
+    }
+
+    fn places(&self) -> Places {
+        Places::Two
+    }
+
+    fn close(&self, range: Range<u64>, to: Kind) -> io::Result<()> {
+        self.call(&format!("close to {to}"), &range)
+    }
+
+    fn discard(&self, range: Range<u64>, of: Kind) -> io::Result<()> {
+        self.call(&format!("discard {of}"), &range)
+    }
+
+    fn open(&self, range: Range<u64>, to: Kind) -> io::Result<()> {
+        self.call(&format!("open to {to}"), &range)
+    }
+
+    fn reopen(&self, range: Range<u64>, to: Kind) -> io::Result<()> {
+        self.call(&format!("reopen to {to}"), &range)
+    }
+}
+
+fn memory(intent: Intent) -> (Arc<Fake>, PrivateMemory) {
+    let fake = Arc::new(Fake::default());
+    // Pages 0 to 31 and 32 to 63.
+    let slots = [(0, 32 * PAGE_BYTES), (32 * PAGE_BYTES, 32 * PAGE_BYTES)];
+    let memory =
+        PrivateMemory::new(Box::new(fake.clone()), slots, Kind::Shared, Contents::Zero, intent);
+    (fake, memory.expect("slots that make sense"))
+}
+
+fn asked(pages: Range<u64>, to: Kind) -> Request {
+    Request { gpa: pages.start * PAGE_BYTES, len: (pages.end - pages.start) * PAGE_BYTES, to }
+}
+
+#[test]
+fn contents_that_cannot_be_preserved_are_refused_beforehand() {
+    let slots = [(0, PAGE_BYTES)];
+    let fake = Box::new(Arc::new(Fake::default()));
+    let refused = PrivateMemory::new(fake, slots, Kind::Shared, Contents::Preserve, Intent::Access);
+    let error = refused.expect_err("a fake cannot").to_string();
+    assert!(error.contains("a fake cannot preserve"), "{error}");
+}
+
+#[test]
+fn each_step_that_fails_is_told_with_what_stands() {
+    let cases: [(&[&'static str], State, u64, &str); 5] = [
+        (&["close to private 30..34"], State::Undone, 0, "all is as it was"),
+        (&["discard shared 30..32"], State::Undone, 0, "all is as it was"),
+        (&["discard shared 32..34"], State::Stands, 2, "2 pages are private now, 2 are not, 0"),
+        (&["open to private 30..34"], State::Stands, 4, "4 pages are private now, 0 are not, 4"),
+        (
+            &["discard shared 30..32", "reopen to shared 30..34"],
+            State::Stands,
+            0,
+            "0 pages are private now, 4 are not, 4 are open to nobody",
+        ),
+    ];
+    for (fails, state, private, told) in cases {
+        let (fake, memory) = memory(Intent::Access);
+        *fake.fails.lock().expect("no panic") = fails.to_vec();
+        let request = asked(30..34, Kind::Private);
+        let error = memory.convert(&request, Cause::Hypercall).expect_err("it fails");
+        assert!(error.to_string().contains(told), "{error}");
+        let logged = memory.log();
+        assert_eq!(logged.len(), 1);
+        assert_eq!(logged[0].outcome.state(), state, "{error}");
+        let ranges = memory.private_ranges();
+        let found: u64 = ranges.iter().map(|r| (r.end - r.start) / PAGE_BYTES).sum();
+        assert_eq!(found, private, "{fails:?}");
+        // Whatever it was, asking again brings it to its end.
+        memory.convert(&request, Cause::Hypercall).expect("nothing fails");
+        assert_eq!(memory.private_ranges().len(), 2, "one for each slot");
+        assert_eq!(
+            memory.on_fault(30 * PAGE_BYTES, 1, Kind::Private).ok(),
+            Some(AfterFault::Matches)
+        );
+    }
+}
+
+#[test]
+fn a_guest_is_told_einval_and_nothing_changes() {
+    let (fake, memory) = memory(Intent::Access);
+    let einval = (-22i64).cast_unsigned();
+    for args in [
+        [1, 1, 16],
+        [0, 0, 16],
+        [0, 65, 16],
+        [64 << 12, 1, 16],
+        [u64::MAX - 0xfff, 1, 16],
+        [0, u64::MAX, 16],
+        [0, 1, 16 | 32],
+        [0, 1, 3],
+    ] {
+        let [gpa, pages, flags] = args;
+        assert_eq!(memory.hypercall(&[gpa, pages, flags, 0, 0, 0]), einval, "{args:x?}");
+    }
+    assert_eq!(memory.stats(), ConversionStats { refused: 8, ..ConversionStats::default() });
+    assert!(fake.calls.lock().expect("no panic").is_empty() && memory.private_ranges().is_empty());
+    assert_eq!(memory.hypercall(&[0, 64, 16, 0, 0, 0]), 0);
+    assert_eq!(memory.stats().private_pages, 64);
+}
+
+/// An access says what the guest wants, or only what the page was.
+#[test]
+fn a_fault_on_the_other_kind_is_a_conversion_or_comes_too_late() {
+    let (_, explicit) = memory(Intent::Attribute);
+    let entered = explicit.on_fault(5 * PAGE_BYTES + 7, 1, Kind::Private);
+    assert_eq!(entered.ok(), Some(AfterFault::Enter));
+    assert_eq!(explicit.kind(5 * PAGE_BYTES), Some(Kind::Shared), "it stays what it was made");
+    assert_eq!(explicit.stats().retried, 1);
+
+    let (_, implicit) = memory(Intent::Access);
+    let entered = implicit.on_fault(5 * PAGE_BYTES + 7, 2 * PAGE_BYTES, Kind::Private);
+    assert_eq!(entered.ok(), Some(AfterFault::Enter));
+    assert_eq!(implicit.private_ranges().first(), Some(&(5 * PAGE_BYTES..7 * PAGE_BYTES)));
+    assert_eq!(implicit.stats().implicit, 1);
+    let again = implicit.on_fault(5 * PAGE_BYTES, 1, Kind::Private);
+    assert_eq!(again.ok(), Some(AfterFault::Matches));
+    let outside = implicit.on_fault(64 * PAGE_BYTES, 1, Kind::Private);
+    assert_eq!(outside.ok(), Some(AfterFault::Outside));
+}
+
+/// `Fake` panics if two conversions work on one page.
+#[test]
+fn threads_that_convert_the_same_pages_take_turns() {
+    let (_, memory) = memory(Intent::Access);
+    thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let memory = &memory;
+            scope.spawn(move || {
+                for i in 0..500u64 {
+                    let first = (i * 7 + thread * 13) % 60;
+                    let to = if (i + thread) % 2 == 0 { Kind::Private } else { Kind::Shared };
+                    let done = memory.convert(&asked(first..first + 4, to), Cause::Host);
+                    done.expect("nothing fails");
+                    let _ = memory.on_fault(first * PAGE_BYTES, 1, to).expect("nothing fails");
+                }
+            });
+        }
+    });
+    let stats = memory.stats();
+    assert_eq!((stats.host + stats.implicit >= 2000, stats.undone, stats.stands), (true, 0, 0));
+}
