@@ -10,24 +10,28 @@ use crate::error::VmError;
 use crate::kvm::{Command, Parameters};
 use crate::layout::{DEVICE_GPA, Layout};
 use crate::parallel::split;
+use crate::private::Op;
 use crate::report::Stalls;
 use crate::{PAGE_BYTES, kvm};
 
-/// Parameter blocks (a page per vCPU), then the order, then the stalls.
+/// Parameter blocks (a page per vCPU), then the order, then the stalls; if there is
+/// private memory, then tags, then conversions.
 #[derive(Debug)]
 pub(crate) struct Device {
     mapping: Arc<Mapping>,
     vcpus: usize,
-    /// Bytes of the order, and of the stalls.
+    /// Bytes of the order, of the stalls, and of the tags.
     table_bytes: usize,
     sums: u64,
 }
 
 impl Device {
-    pub(crate) fn new(layout: &Layout) -> Result<Self, VmError> {
+    pub(crate) fn new(layout: &Layout, converts: bool) -> Result<Self, VmError> {
         let vcpus = to_usize(layout.vcpus);
         let table_bytes = (to_usize(layout.memory_pages) * 4).next_multiple_of(PAGE_BYTES);
-        let len = vcpus * PAGE_BYTES + 2 * table_bytes;
+        let most_ops = if converts { vcpus * OPS } else { 0 };
+        let tables = if converts { 3 } else { 2 };
+        let len = vcpus * PAGE_BYTES + tables * table_bytes + most_ops * OP_BYTES;
         let mapping = Mapping::anonymous(len)
             .map_err(|error| VmError::Memory { bytes: len as u64, error })?;
         let sums = layout.sum_of(0);
@@ -77,6 +81,46 @@ impl Device {
         Ok(())
     }
 
+    /// Asks every vCPU for its conversions, in its part of the pages.
+    pub(crate) fn ask_convert(&self, parts: &[(Range<u64>, Vec<Op>)], preserves: bool, gate: u64) {
+        for (vcpu, (area, ops)) in parts.iter().enumerate() {
+            let at = self.ops_at(vcpu * OPS);
+            for (op, at) in ops.iter().take(OPS).zip((at..).step_by(OP_BYTES)) {
+                let words = [op.first, op.pages, op.flags, op.tag].map(u32::to_le_bytes);
+                self.mapping.write(at, words.as_flattened());
+            }
+            let parameters = Parameters {
+                command: Command::Convert as u64,
+                first: area.start,
+                end: area.end,
+                count: ops.len().min(OPS) as u64,
+                ops: DEVICE_GPA + at as u64,
+                tags: DEVICE_GPA + self.tag_at(0) as u64,
+                preserves: preserves.into(),
+                gate,
+                ..Parameters::default()
+            };
+            parameters.store(&self.mapping, vcpu);
+        }
+    }
+
+    /// What a page holds, as far as the guest has told.
+    pub(crate) fn tag(&self, page: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.mapping.read(self.tag_at(page), &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Says what a page holds.
+    pub(crate) fn set_tag(&self, page: u64, tag: u32) {
+        self.mapping.write(self.tag_at(page), &tag.to_le_bytes());
+    }
+
+    /// What the first conversion that failed returned, if one did.
+    pub(crate) fn failed_conversion(&self) -> Option<u64> {
+        (0..self.vcpus).map(|v| Parameters::load_failure(&self.mapping, v)).find(|f| *f != 0)
+    }
+
     /// Pages with a wrong checksum, and the first of them (of the first vCPU
     /// that found one).
     pub(crate) fn mismatches(&self) -> (u64, Option<u64>) {
@@ -107,6 +151,14 @@ impl Device {
         Stalls::new(cycles.map(nanoseconds).collect())
     }
 
+    fn tag_at(&self, page: u64) -> usize {
+        self.stalls_at(0) + self.table_bytes + to_usize(page) * 4
+    }
+
+    fn ops_at(&self, index: usize) -> usize {
+        self.stalls_at(0) + 2 * self.table_bytes + index * OP_BYTES
+    }
+
     fn order_at(&self, index: usize) -> usize {
         self.vcpus * PAGE_BYTES + index * 4
     }
@@ -115,6 +167,10 @@ impl Device {
         self.order_at(index) + self.table_bytes
     }
 }
+
+/// Conversions that a vCPU can be asked for at a time.
+pub(crate) const OPS: usize = 4096;
+const OP_BYTES: usize = 16;
 
 /// Guest memory is at most 32 GiB.
 pub(crate) fn to_usize(n: u64) -> usize {

@@ -158,6 +158,30 @@ pub enum VmError {
     /// The guest could not be told of a fault.
     #[error(transparent)]
     AsyncFaults(#[from] vmpager_kvm::apf::ApfError),
+    /// Memory cannot be private so.
+    #[error("private guest memory: {0}")]
+    Private(#[from] vmpager_kvm::private::PrivateError),
+    /// Memory cannot be private on this host, or not in this way.
+    #[error("private guest memory: {problem}")]
+    NotPrivate {
+        /// Why not, and what to do instead.
+        problem: &'static str,
+    },
+    /// A conversion between private and shared memory left a guest that cannot go
+    /// on.
+    #[error(transparent)]
+    Conversion(#[from] vmpager_kvm::private::ConvertError),
+    /// A guest was told that a conversion failed.
+    #[error(
+        "a conversion the guest asked for returned {answer}: {}",
+        .failed.as_ref().map_or("see the log".to_owned(), |failed| format!("{failed:?}"))
+    )]
+    ConversionRefused {
+        /// What it was told, a negative error number.
+        answer: i64,
+        /// The last conversion that failed, if one was begun.
+        failed: Option<Box<vmpager_kvm::private::Logged>>,
+    },
     /// A page the guest needs cannot be had.
     #[error(
         "the page at gpa {gpa:#x} cannot be had (see the log for why); the guest cannot go on \

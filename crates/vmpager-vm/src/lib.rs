@@ -38,6 +38,7 @@
 //! | `checksum` | a page's checksum, the same on host and guest |
 //! | `layout` | where the guest's own structures lie |
 //! | `memory` | guest memory and its memslots |
+//! | `private` | memory that can be private to the guest |
 //! | `linux` | a Linux kernel, its initrd and tables, brought into memory |
 //! | `devices` | a Linux guest's serial port, and how it ends |
 //! | `kvm` | machine, vCPUs, registers, the guest's program |
@@ -69,6 +70,7 @@ mod linux_vm;
 mod memory;
 mod parallel;
 mod pieces;
+mod private;
 mod report;
 mod restore;
 mod run;
@@ -86,6 +88,7 @@ pub use error::VmError;
 pub use filling::Filling;
 pub use linux::{BootError, LinuxBoot, MAX_VCPUS};
 pub use linux_vm::{LinuxConfig, LinuxVm};
+pub use private::{ConvertReport, ConvertWorkload, PrivateBackend, PrivateConfig};
 pub use report::{HostReport, RunReport, Stalls};
 pub use restore::{AsyncFaults, Delivery, InProcess, RestoreMemory};
 pub use snapshot::{Snapshot, SnapshotPaths};
@@ -93,6 +96,7 @@ pub use state_file::{MAX_STATE_BYTES, StateError, VmState};
 pub use vm::{Cpu, CpuKind, Vm, VmConfig};
 pub use workload::{Order, Workload};
 
+pub use vmpager::core::convert::Contents as ConvertedContents;
 pub use vmpager_kvm::apf::{ApfStats, Refusal};
 pub use vmpager_kvm::exit::{ExitStats, Mechanism as ExitMechanism};
 

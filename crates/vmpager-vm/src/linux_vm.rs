@@ -90,7 +90,7 @@ impl LinuxVm {
         let (Guest::Linux(guest), Some(kvm)) = (&snapshot.state.guest, &snapshot.state.kvm) else {
             return Err(VmError::OtherGuest { path: path.clone(), runs: "the built-in program" });
         };
-        let memory = GuestMemory::restore(snapshot, memory)?;
+        let memory = GuestMemory::restore(snapshot, memory, None)?;
         let mut machine = machine(&memory, snapshot.vcpus())?;
         machine.load(kvm)?;
         // After the interrupt controllers: a device raises what it had raised.
@@ -141,6 +141,7 @@ impl LinuxVm {
                 cmdline: self.cmdline.clone(),
                 devices: self.ports.state(),
             }),
+            private: None,
             memory_crc32c: Vec::new(),
         };
         // Memory comes last: to answer, KVM may write to it.

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use vmpager::Pager;
 use vmpager::attach::{Asker, GuestRegion, RemoteInstaller};
 use vmpager::core::Hva;
-use vmpager_kvm::exit::{ExitMemory, GpaRange, Mechanism};
+use vmpager_kvm::exit::{ExitMemory, Mechanism};
 use vmpager_sys::memory::{Access, Mapping};
 use vmpager_sys::uffd::Userfaultfd;
 
@@ -32,6 +32,7 @@ use crate::PAGE_SIZE;
 use crate::bringer::{Bringer, Oracle};
 use crate::device::to_usize;
 use crate::error::VmError;
+use crate::private::PrivateParts;
 use crate::restore::{AsyncFaults, Delivery};
 
 /// Where the memory below the devices ends.
@@ -79,6 +80,8 @@ pub(crate) struct GuestMemory {
     mechanism: Option<Mechanism>,
     /// Which of those exits the guest is told of, if vmpager plays its device.
     async_faults: Option<AsyncFaults>,
+    /// What makes its pages private, if they can be.
+    pub(crate) private: Option<PrivateParts>,
     // Dropped after the machine.
     served: Option<Served>,
 }
@@ -121,7 +124,39 @@ impl Served {
 
 impl GuestMemory {
     pub(crate) fn new(mapping: Arc<Mapping>, slots: Vec<Memslot>) -> Self {
-        Self { mapping, slots, memfd: None, mechanism: None, async_faults: None, served: None }
+        Self {
+            mapping,
+            slots,
+            memfd: None,
+            mechanism: None,
+            async_faults: None,
+            private: None,
+            served: None,
+        }
+    }
+
+    /// The same, of a memfd of which `parts` has the host's view.
+    pub(crate) fn protected(mut self, memfd: OwnedFd, parts: PrivateParts) -> Self {
+        (self.memfd, self.private) = (Some(memfd), Some(parts));
+        self
+    }
+
+    /// Sees to it that the host's view shows a page as it is.
+    pub(crate) fn bring(&self, offset: usize) {
+        if self.served.is_some() {
+            self.mapping.read_u64(offset);
+        }
+    }
+
+    /// The ranges of its file that have memory.
+    pub(crate) fn resident(&self) -> io::Result<Vec<Range<u64>>> {
+        let memfd = self.memfd.as_ref();
+        memfd.map_or(Ok(Vec::new()), |f| data_ranges(f.as_fd(), self.mapping.len() as u64))
+    }
+
+    /// The mapping by which the host looks at it. Private pages may be missing.
+    pub(crate) fn host_view(&self) -> &Mapping {
+        self.private.as_ref().map_or(&self.mapping, |parts| &parts.view)
     }
 
     /// The same, its absent pages brought by somebody.
@@ -167,8 +202,7 @@ impl GuestMemory {
                 .map_err(|error| VmError::Memory { bytes: self.mapping.len() as u64, error })?;
             return Ok(None);
         };
-        let range = |slot: &Memslot| GpaRange { gpa: slot.gpa, offset: slot.offset, len: slot.len };
-        let slots = self.slots.iter().map(range).collect();
+        let slots = self.ranges();
         let memory = Arc::new(ExitMemory::new(mechanism, vm, self.mapping.clone(), slots)?);
         Ok(Some(Exits { memory, bringers }))
     }
@@ -229,8 +263,9 @@ impl GuestMemory {
     pub(crate) fn data(&self) -> io::Result<Vec<Range<u64>>> {
         let end = self.mapping.len() as u64;
         match &self.memfd {
-            Some(memfd) => data_ranges(memfd.as_fd(), end),
-            None => Ok(std::iter::once(0..end).collect()),
+            // What is still to be brought is no data yet.
+            Some(memfd) if self.served.is_none() => data_ranges(memfd.as_fd(), end),
+            _ => Ok(std::iter::once(0..end).collect()),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The ways guest memory comes back from a snapshot.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use crate::bringer::Oracle;
 use crate::device::to_usize;
 use crate::error::VmError;
 use crate::memory::{GuestMemory, Memslot, Served};
+use crate::private::PrivateConfig;
 use crate::snapshot::Snapshot;
 
 /// How a vCPU's fault on a missing page is learned of.
@@ -117,16 +119,29 @@ pub enum RestoreMemory {
 }
 
 impl GuestMemory {
-    pub(crate) fn restore(snapshot: &Snapshot, from: RestoreMemory) -> Result<Self, VmError> {
+    /// Memory of which pages can be private, if `private` says so.
+    pub(crate) fn restore(
+        snapshot: &Snapshot,
+        from: RestoreMemory,
+        private: Option<PrivateConfig>,
+    ) -> Result<Self, VmError> {
+        if private.is_some() {
+            can_be_private(&from)?;
+        }
         let bytes = snapshot.memory_bytes();
         let len = to_usize(bytes);
         let cannot_map = |error| VmError::Memory { bytes, error };
         let path = &snapshot.paths.memory;
         let slots = snapshot.state.memslots.clone();
+        let blank = |slots, ordinary: fn(usize) -> io::Result<Mapping>| match private {
+            Some(config) => Self::private(bytes, slots, config, snapshot.private_ranges()),
+            None => Ok(Self::new(Arc::new(ordinary(len).map_err(cannot_map)?), slots)),
+        };
         match from {
             RestoreMemory::Eager => {
                 let file = File::open(path).map_err(VmError::file("open", path))?;
-                let mapping = Mapping::anonymous(len).map_err(cannot_map)?;
+                let memory = blank(slots, Mapping::anonymous)?;
+                let mapping = &memory.mapping;
                 // Holes are zeroes, and so is fresh memory: they cost nothing.
                 snapshot.read_verified(&file, |offset, chunk| {
                     let offset = to_usize(offset);
@@ -134,7 +149,7 @@ impl GuestMemory {
                     mapping.read(offset, chunk);
                     Ok(())
                 })?;
-                Ok(Self::new(Arc::new(mapping), slots))
+                Ok(memory)
             }
             RestoreMemory::Mmap => {
                 let file = File::open(path).map_err(VmError::file("open", path))?;
@@ -142,32 +157,33 @@ impl GuestMemory {
                 Ok(Self::new(Arc::new(mapping.map_err(VmError::file("map", path))?), slots))
             }
             RestoreMemory::OnDemand { socket, huge_pages } => {
-                let mapping =
-                    if huge_pages { Mapping::hugetlb_2m(len) } else { Mapping::for_pager(len) };
-                let mapping = Arc::new(mapping.map_err(cannot_map)?);
+                let memory = if huge_pages {
+                    Self::new(Arc::new(Mapping::hugetlb_2m(len).map_err(cannot_map)?), slots)
+                } else {
+                    blank(slots, Mapping::for_pager)?
+                };
                 let page_size = if huge_pages { 2 << 20 } else { PAGE_SIZE };
                 let all = Memslot::flat(bytes);
                 let regions: Vec<Region> =
-                    all.iter().map(|all| Region::new(&mapping, all, page_size)).collect();
-                let peer = hand_over(&mapping, &regions, None, &socket)?;
-                Ok(Self::new(mapping, slots).served(peer))
+                    all.iter().map(|all| Region::new(&memory.mapping, all, page_size)).collect();
+                let peer = hand_over(&memory.mapping, &regions, None, &socket)?;
+                Ok(memory.served(peer))
             }
             RestoreMemory::Shared { socket, exits } => Self::shared(snapshot, &socket, exits),
             RestoreMemory::InProcess(how) => {
-                let mapping = Mapping::for_pager(len).map_err(cannot_map)?;
-                mapping.allow(Access::None).map_err(cannot_map)?;
-                let mapping = Arc::new(mapping);
+                let memory = blank(slots, Mapping::for_pager)?;
+                memory.mapping.allow(Access::None).map_err(cannot_map)?;
                 let source = match how.source {
                     Some(source) => source,
                     None => RawFile::open(path)?,
                 };
                 let pager = Pager::builder(source)
-                    .region(&GuestRange::of_mapping(&mapping), 0)
+                    .region(&GuestRange::of_mapping(&memory.mapping), 0)
                     .background_fill(how.background_fill)
                     .huge_pages(how.collapse)
                     .neighbours(how.neighbours)
                     .start()?;
-                Self::new(mapping, slots)
+                memory
                     .served(Served::InProcess(Box::new(pager)))
                     .with_async_faults(how.async_faults)
                     .delivered_by(how.delivery)
@@ -226,6 +242,34 @@ impl GuestMemory {
             .delivered_by(Delivery::Exit(mechanism))
             .map_err(cannot_map)
     }
+}
+
+/// Private pages need memory that the host can have a second view of, and whose
+/// pages can be given back.
+fn can_be_private(from: &RestoreMemory) -> Result<(), VmError> {
+    let problem = match from {
+        RestoreMemory::Eager
+        | RestoreMemory::OnDemand { huge_pages: false, .. }
+        | RestoreMemory::InProcess(InProcess { delivery: Delivery::Userfaultfd, .. }) => {
+            return Ok(());
+        }
+        RestoreMemory::Mmap => {
+            "pages of a mapped snapshot cannot be given back: restore it eagerly or on demand"
+        }
+        RestoreMemory::OnDemand { huge_pages: true, .. } => {
+            "single pages of huge pages cannot be converted: restore it without huge pages"
+        }
+        RestoreMemory::InProcess(InProcess { delivery: Delivery::Exit(_), .. }) => {
+            "missing pages of memory that can be private are no exits: deliver them by userfaultfd"
+        }
+        RestoreMemory::Shared { .. } | RestoreMemory::Oracle(_) => {
+            "memory that others map or foretell stays shared: restore it eagerly or on demand"
+        }
+        RestoreMemory::Prepared(_) => {
+            "memory the caller has prepared has no second view: restore it eagerly or on demand"
+        }
+    };
+    Err(VmError::NotPrivate { problem })
 }
 
 /// One memory region in Firecracker's handshake.

@@ -142,6 +142,12 @@ impl Snapshot {
         self.state.memory_bytes
     }
 
+    /// What of its memory was private.
+    pub(crate) fn private_ranges(&self) -> Vec<Range<u64>> {
+        let ranges = self.state.private.iter().flat_map(|private| &private.ranges);
+        ranges.map(|(gpa, len)| *gpa..gpa + len).collect()
+    }
+
     /// Whether its guest is Linux, not the built-in program.
     pub fn is_linux(&self) -> bool {
         matches!(self.state.guest, Guest::Linux(_))
@@ -241,6 +247,7 @@ mod tests {
             memslots: memory.slots.clone(),
             guest: Guest::Linux(LinuxState { cmdline: String::new(), devices }),
             kvm: None,
+            private: None,
             memory_crc32c: Vec::new(),
         };
         let dir = TempDir::new().unwrap();
@@ -264,7 +271,7 @@ mod tests {
         let (_dir, snapshot) = saved(bytes, &contents);
         let before = resident_bytes();
         snapshot.verify_memory().unwrap();
-        let memory = GuestMemory::restore(&snapshot, RestoreMemory::Eager).unwrap();
+        let memory = GuestMemory::restore(&snapshot, RestoreMemory::Eager, None).unwrap();
         // Other tests use some, at the same time.
         let made = resident_bytes().saturating_sub(before);
         assert!(made < 1 << 30, "{made} bytes of memory for a few pages");
@@ -281,7 +288,7 @@ mod tests {
             file.write_all_at(&[1], at).unwrap();
             let error = snapshot.verify_memory().unwrap_err().to_string();
             assert!(error.contains(piece), "{error}");
-            let error = GuestMemory::restore(&snapshot, RestoreMemory::Eager).unwrap_err();
+            let error = GuestMemory::restore(&snapshot, RestoreMemory::Eager, None).unwrap_err();
             assert!(error.to_string().contains(piece), "{error}");
         }
     }

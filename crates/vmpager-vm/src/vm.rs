@@ -1,9 +1,12 @@
 //! The reference VM: builds, prepares, saves, restores, runs and verifies.
 
+mod convert;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
+use convert::in_ranges;
 use serde::{Deserialize, Serialize};
 use vmpager::Pager;
 use vmpager_kvm::exit::ExitStats;
@@ -18,6 +21,7 @@ use crate::kvm::{self, Builtin, Parts};
 use crate::layout::{DEVICE_GPA, Layout};
 use crate::memory::{GuestMemory, Memslot};
 use crate::parallel::{in_parallel, split};
+use crate::private::{PrivateBackend, PrivateConfig, PrivateState};
 use crate::report::{HostReport, RunReport};
 use crate::restore::RestoreMemory;
 use crate::snapshot::{Snapshot, SnapshotPaths};
@@ -61,12 +65,21 @@ pub struct VmConfig {
     /// Whether vCPUs of KVM have its interrupt controllers, and interrupts on:
     /// KVM then takes faults of vCPUs that wait in the kernel asynchronously.
     pub lapic: bool,
+    /// Whether pages can be private to the guest, and how. Needs KVM.
+    pub private: Option<PrivateConfig>,
 }
 
 impl Default for VmConfig {
     fn default() -> Self {
         let filling = Filling::Generated { seed: 1, bytes: None };
-        Self { memory_bytes: 512 << 20, filling, cpu: Cpu::Auto, vcpus: 1, lapic: false }
+        Self {
+            memory_bytes: 512 << 20,
+            filling,
+            cpu: Cpu::Auto,
+            vcpus: 1,
+            lapic: false,
+            private: None,
+        }
     }
 }
 
@@ -104,6 +117,8 @@ pub struct Vm {
     /// Absent if contents came from a file.
     seed: Option<u64>,
     is_prepared: bool,
+    /// Whether the guest has told what its pages hold since it converted some.
+    is_tagged: bool,
 }
 
 impl Vm {
@@ -119,13 +134,21 @@ impl Vm {
             layout = layout.with_content_pages(pages)?;
         }
         let bytes = layout.memory_bytes();
-        let mapping = Mapping::anonymous(to_usize(bytes))
-            .map_err(|error| VmError::Memory { bytes, error })?;
+        let memory = match config.private {
+            Some(private) => {
+                GuestMemory::private(bytes, Memslot::flat(bytes), private, Vec::new())?
+            }
+            None => {
+                let mapping = Mapping::anonymous(to_usize(bytes))
+                    .map_err(|error| VmError::Memory { bytes, error })?;
+                GuestMemory::new(Arc::new(mapping), Memslot::flat(bytes))
+            }
+        };
+        let mapping = &memory.mapping;
         for (page, bytes) in layout.fixed_pages(kvm::code()).iter().enumerate() {
             mapping.write(page * PAGE_BYTES, bytes);
         }
-        let seed = config.filling.fill(&mapping, &layout)?;
-        let memory = GuestMemory::new(Arc::new(mapping), Memslot::flat(bytes));
+        let seed = config.filling.fill(mapping, &layout)?;
         Self::assemble(memory, layout, seed, config.cpu, Start::New { lapic: config.lapic })
     }
 
@@ -136,11 +159,28 @@ impl Vm {
     ///
     /// If its memory cannot be had in that way, or KVM refuses.
     pub fn restore(snapshot: &Snapshot, memory: RestoreMemory, cpu: Cpu) -> Result<Self, VmError> {
+        Self::restore_with(snapshot, memory, cpu, PrivateBackend::Auto)
+    }
+
+    /// As [`restore`](Self::restore), and says where private pages are to be, if
+    /// there can be any. `Auto` is in place if some are private: up to Linux 7.2
+    /// there is no way to fill a guest_memfd that the host cannot map.
+    ///
+    /// # Errors
+    ///
+    /// As for `restore`; and if private pages cannot be had there.
+    pub fn restore_with(
+        snapshot: &Snapshot,
+        memory: RestoreMemory,
+        cpu: Cpu,
+        backend: PrivateBackend,
+    ) -> Result<Self, VmError> {
         let state = &snapshot.state;
         let Guest::Builtin(guest) = &state.guest else {
             return Err(VmError::OtherGuest { path: snapshot.paths.state.clone(), runs: "Linux" });
         };
-        let memory = GuestMemory::restore(snapshot, memory)?;
+        let private = state.private.as_ref().map(|private| private.config(backend));
+        let memory = GuestMemory::restore(snapshot, memory, private)?;
         let start = state.kvm.as_ref().map_or(Start::New { lapic: false }, Start::Saved);
         let mut vm = Self::assemble(memory, guest.layout.clone(), guest.seed, cpu, start)?;
         vm.is_prepared = true;
@@ -154,8 +194,13 @@ impl Vm {
         cpu: Cpu,
         start: Start<'_>,
     ) -> Result<Self, VmError> {
-        let device = Device::new(&layout)?;
+        let device = Device::new(&layout, memory.private.is_some())?;
         let machine = match cpu {
+            Cpu::Threads if memory.private.is_some() => {
+                return Err(VmError::NotPrivate {
+                    problem: "host threads reach all of it; use vCPUs of KVM",
+                });
+            }
             Cpu::Threads => None,
             Cpu::Kvm | Cpu::Auto => {
                 let parts = Parts {
@@ -166,12 +211,12 @@ impl Vm {
                 };
                 match Builtin::new(&parts, &layout, start.saved()) {
                     Ok(machine) => Some(machine),
-                    Err(VmError::NoKvm(_)) if cpu == Cpu::Auto => None,
+                    Err(VmError::NoKvm(_)) if cpu == Cpu::Auto && memory.private.is_none() => None,
                     Err(error) => return Err(error),
                 }
             }
         };
-        Ok(Self { machine, memory, device, layout, seed, is_prepared: false })
+        Ok(Self { machine, memory, device, layout, seed, is_prepared: false, is_tagged: false })
     }
 
     /// Lets the guest compute the checksum of every page, against which it
@@ -203,6 +248,7 @@ impl Vm {
             return Err(VmError::NotPrepared);
         }
         let cpu = self.cpu();
+        let private = self.private().map(|private| PrivateState::save(private)).transpose()?;
         let kvm = self.machine.as_mut().map(Builtin::save).transpose()?;
         let layout = self.layout.clone();
         let state = VmState {
@@ -210,6 +256,7 @@ impl Vm {
             memslots: self.memory.slots.clone(),
             guest: Guest::Builtin(BuiltinState { seed: self.seed, cpu, layout }),
             kvm,
+            private,
             memory_crc32c: Vec::new(),
         };
         Snapshot::write(paths, state, &self.memory)
@@ -278,10 +325,13 @@ impl Vm {
 
     /// Reads all of guest memory through the host's mapping and compares it
     /// with what was generated: contents, checksum table, code and page tables.
-    /// Only the stacks are left out. Contents that came from a file are compared
-    /// with the checksum table.
+    /// Only the stacks are left out, and private pages. Contents that came from a
+    /// file are compared with the checksum table.
     pub fn verify_from_host(&self) -> HostReport {
-        let memory = &self.memory.mapping;
+        let memory = self.memory.host_view();
+        let private = self.private().map(|private| private.private_ranges());
+        let is_private = in_ranges(private.unwrap_or_default());
+        (0..self.layout.end).for_each(|page| self.memory.bring(to_usize(page * PAGE_SIZE)));
         let fixed = self.layout.fixed_pages(kvm::code());
         let mut wrong: Vec<u64> = (0..)
             .zip(&fixed)
@@ -302,11 +352,11 @@ impl Vm {
                 threads::checksum_at(memory, *page) != in_table
                     || generated.is_some_and(|expected| expected != in_table)
             };
-            part.filter(is_wrong).collect::<Vec<u64>>()
+            part.filter(|page| !is_private(*page)).filter(is_wrong).collect::<Vec<u64>>()
         });
         wrong.extend(parts.into_iter().flatten());
         HostReport {
-            pages: fixed.len() as u64 + (pages.end - pages.start),
+            pages: fixed.len() as u64 + pages.filter(|page| !is_private(*page)).count() as u64,
             mismatches: wrong.len() as u64,
             first_mismatch: wrong.first().copied(),
         }

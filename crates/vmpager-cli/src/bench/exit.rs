@@ -142,7 +142,14 @@ fn make_snapshot(
     scratch: &Scratch,
 ) -> anyhow::Result<Snapshot> {
     let filling = Filling::Generated { seed: 1, bytes: None };
-    let config = VmConfig { memory_bytes: args.memory, filling, cpu: Cpu::Kvm, vcpus, lapic };
+    let config = VmConfig {
+        memory_bytes: args.memory,
+        filling,
+        cpu: Cpu::Kvm,
+        vcpus,
+        lapic,
+        ..VmConfig::default()
+    };
     let mut vm = Vm::build(&config)?;
     vm.prepare()?;
     Ok(vm.snapshot(&SnapshotPaths::in_dir(scratch.path()))?)

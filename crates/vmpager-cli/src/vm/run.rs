@@ -7,7 +7,10 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use serde::Serialize;
-use vmpager_vm::{Cpu, LinuxBoot, LinuxConfig, LinuxVm, Vm, VmConfig, Workload};
+use vmpager_vm::{
+    ConvertReport, ConvertWorkload, ConvertedContents, Cpu, LinuxBoot, LinuxConfig, LinuxVm,
+    PrivateBackend, PrivateConfig, Vm, VmConfig, Workload,
+};
 
 use super::control::ControlSocket;
 use super::outcome::{EXIT_STATUS, show_vcpus, since};
@@ -20,7 +23,8 @@ use crate::{output, size};
 #[command(after_help = format!("Examples:\n  \
     vmpager vm run --kernel vmlinuz --initrd initrd.img --memory 512M --vcpus 2\n  \
     vmpager vm run --kernel vmlinuz --initrd initrd.img --control /run/vm.sock\n  \
-    vmpager vm run --guest builtin --memory 1G\n\n\
+    vmpager vm run --guest builtin --memory 1G\n  \
+    vmpager vm run --guest builtin --private-memory --vcpus 2 --memory 64M\n\n\
     The guest's serial port is its console: standard input and output, or standard\n\
     error with --json. On a terminal Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends one.\n\n\
     {EXIT_STATUS}"))]
@@ -48,6 +52,17 @@ pub(crate) struct RunArgs {
     /// Have guest memory in huge pages of 2 MiB (see /proc/sys/vm/nr_hugepages).
     #[arg(long)]
     huge_pages: bool,
+    /// With the built-in guest: have memory that can be private to it, and let it
+    /// convert pages to and fro, checking every byte.
+    #[arg(long, value_enum, value_name = "WHERE", num_args = 0..=1, require_equals = true,
+        default_missing_value = "auto", requires = "guest")]
+    private_memory: Option<PrivatePlace>,
+    /// Conversions of each processor with --private-memory.
+    #[arg(long, value_name = "N", default_value_t = 256, requires = "private_memory")]
+    conversions: u64,
+    /// Keep what pages hold when they are converted; else they become zeroes.
+    #[arg(long, requires = "private_memory")]
+    preserve: bool,
     /// Listen here for `vm snapshot`, pause, resume, status and quit.
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
@@ -61,6 +76,29 @@ pub(crate) struct RunArgs {
 enum OtherGuest {
     /// The demo's.
     Builtin,
+}
+
+/// Where private pages are.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PrivatePlace {
+    /// In a guest_memfd if this KVM has memory attributes, else in place.
+    Auto,
+    /// In a guest_memfd, in a software-protected VM.
+    GuestMemfd,
+    /// Where they were, and in none of the host's mappings but the vCPUs'.
+    InPlace,
+}
+
+impl PrivatePlace {
+    fn config(self, preserve: bool) -> PrivateConfig {
+        let backend = match self {
+            Self::Auto => PrivateBackend::Auto,
+            Self::GuestMemfd => PrivateBackend::GuestMemfd,
+            Self::InPlace => PrivateBackend::InPlace,
+        };
+        let contents = if preserve { ConvertedContents::Preserve } else { ConvertedContents::Zero };
+        PrivateConfig { backend, contents }
+    }
 }
 
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
@@ -99,6 +137,55 @@ struct BuiltinSummary {
     workload_ms: f64,
     pages: u64,
     mismatches: u64,
+    /// With private memory.
+    conversions: Option<ConversionSummary>,
+}
+
+/// What the guest's conversions came to.
+#[derive(Debug, Serialize)]
+struct ConversionSummary {
+    backend: &'static str,
+    conversions: u64,
+    took_ms: f64,
+    to_private_pages: u64,
+    to_shared_pages: u64,
+    /// Conversions that waited for others, and faults that were tried again.
+    waited: u64,
+    retried: u64,
+    private_pages: u64,
+    /// Pages in which the guest found a wrong byte.
+    mismatches: u64,
+    host_pages: u64,
+    /// Shared pages in which the host found one.
+    host_mismatches: u64,
+}
+
+fn convert(args: &RunArgs, vm: &mut Vm) -> anyhow::Result<ConversionSummary> {
+    let workload = ConvertWorkload { conversions: args.conversions, ..ConvertWorkload::default() };
+    let ConvertReport {
+        conversions,
+        took,
+        mismatches,
+        host_pages,
+        host_mismatches,
+        private_pages,
+        ..
+    } = vm.convert(&workload)?;
+    let private = vm.private().context("private memory")?;
+    let stats = private.stats();
+    Ok(ConversionSummary {
+        backend: private.backend(),
+        conversions,
+        took_ms: millis(took),
+        to_private_pages: stats.private_pages,
+        to_shared_pages: stats.shared_pages,
+        waited: stats.waited,
+        retried: stats.retried,
+        private_pages,
+        mismatches,
+        host_pages,
+        host_mismatches,
+    })
 }
 
 fn run_builtin(args: &RunArgs) -> anyhow::Result<ExitCode> {
@@ -107,9 +194,14 @@ fn run_builtin(args: &RunArgs) -> anyhow::Result<ExitCode> {
         memory_bytes: args.memory,
         vcpus: args.vcpus.into(),
         cpu: Cpu::Auto,
+        private: args.private_memory.map(|place| place.config(args.preserve)),
         ..VmConfig::default()
     };
     let mut vm = Vm::build(&config)?;
+    let converted = match config.private {
+        Some(_) => Some(convert(args, &mut vm)?),
+        None => None,
+    };
     vm.prepare().context("letting the guest compute its checksums")?;
     let prepared_ms = since(started);
     let report = vm.run(&Workload::default(), Instant::now())?;
@@ -121,10 +213,26 @@ fn run_builtin(args: &RunArgs) -> anyhow::Result<ExitCode> {
         workload_ms: millis(report.workload),
         pages: report.pages,
         mismatches: report.mismatches,
+        conversions: converted,
     };
+    let converted = summary.conversions.as_ref();
+    let wrong = converted.map_or(0, |c| c.mismatches + c.host_mismatches) + summary.mismatches;
     if args.json {
         output::json(&summary)?;
     } else {
+        if let Some(c) = converted {
+            output::line(&format!(
+                "the built-in guest did {} conversions in {:.0} ms ({}), {} pages are private; it \
+                 found {} wrong pages, the host {} in the {} it has",
+                c.conversions,
+                c.took_ms,
+                c.backend,
+                c.private_pages,
+                c.mismatches,
+                c.host_mismatches,
+                c.host_pages,
+            ))?;
+        }
         output::line(&format!(
             "the built-in guest touched {} pages of {} in {:.0} ms on {} ({}); {} were wrong",
             summary.pages,
@@ -135,5 +243,5 @@ fn run_builtin(args: &RunArgs) -> anyhow::Result<ExitCode> {
             summary.mismatches,
         ))?;
     }
-    Ok(if summary.mismatches == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

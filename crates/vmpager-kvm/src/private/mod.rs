@@ -32,8 +32,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use vmpager_core::convert::{
-    Begin, Contents, FaultAnswer, Kind, Kinds, Outcome, PAGE_BYTES, Refusal, Request, SlotError,
-    Slots, State, Step,
+    Begin, Contents, FaultAnswer, Kind, Kinds, Outcome, PAGE_BYTES, Places, Refusal, Request,
+    SlotError, Slots, State, Step,
 };
 
 pub use backend::Backend;
@@ -140,6 +140,18 @@ pub enum PrivateError {
         /// Which one.
         backend: &'static str,
     },
+    /// Its private pages cannot be filled.
+    #[error(
+        "private pages of a snapshot cannot be restored to a {backend}: up to Linux 7.2 the host \
+         cannot write it; keep them in place"
+    )]
+    CannotRestore {
+        /// The back-end.
+        backend: &'static str,
+    },
+    /// What was private cannot be made so again.
+    #[error(transparent)]
+    Convert(#[from] ConvertError),
     /// Its memslots make no sense.
     #[error(transparent)]
     Slots(#[from] SlotError),
@@ -191,9 +203,30 @@ impl PrivateMemory {
         self.backend.name()
     }
 
-    /// What becomes of contents.
-    pub fn contents(&self) -> Contents {
-        self.contents
+    /// Whether contents stay when pages are converted.
+    pub fn preserves(&self) -> bool {
+        self.contents == Contents::Preserve
+    }
+
+    /// Whether private pages are in the same memory as shared ones.
+    pub fn is_in_place(&self) -> bool {
+        self.backend.places() == Places::One
+    }
+
+    /// Makes a range private that was so when the VM was saved, what it holds (or is
+    /// to hold, once it is brought) included.
+    ///
+    /// # Errors
+    ///
+    /// [`PrivateError::CannotRestore`] if the host has no way to fill private pages;
+    /// or what converting it comes to.
+    pub fn restore(&self, range: std::ops::Range<u64>) -> Result<(), PrivateError> {
+        if !self.is_in_place() {
+            return Err(PrivateError::CannotRestore { backend: self.backend() });
+        }
+        let len = range.end.saturating_sub(range.start);
+        let request = Request { gpa: range.start, len, to: Kind::Private };
+        Ok(self.carry_out(&request, Contents::Preserve, Cause::Host)?)
     }
 
     /// Converts a range. If another conversion of some of its pages goes on, waits
@@ -203,10 +236,19 @@ impl PrivateMemory {
     ///
     /// [`ConvertError`], which tells what stands.
     pub fn convert(&self, request: &Request, cause: Cause) -> Result<(), ConvertError> {
+        self.carry_out(request, self.contents, cause)
+    }
+
+    fn carry_out(
+        &self,
+        request: &Request,
+        contents: Contents,
+        cause: Cause,
+    ) -> Result<(), ConvertError> {
         let began = Instant::now();
         let mut state = self.lock();
         let mut conversion = loop {
-            match state.kinds.begin(request, self.contents) {
+            match state.kinds.begin(request, contents) {
                 Err(refusal) => {
                     state.log.refused();
                     return Err(refusal.into());

@@ -5,8 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::{io, thread};
 
-use vmpager_core::convert::{Contents, Kind, PAGE_BYTES, Places, Request, State};
-
 use super::*;
 
 /// Fails the steps it is told to, and sees to it that no two work on one page.

@@ -9,6 +9,7 @@ mod guest;
 mod host;
 mod linux;
 mod pager;
+mod private;
 mod restore;
 mod saved;
 
@@ -122,6 +123,8 @@ pub(crate) const ALL: &[Case] = &[
         90,
         apf::told_of_faults_on_two_vcpus_it_goes_on,
     ),
+    case("private", "pages_are_converted_to_and_fro", 120, private::pages_are_converted_to_and_fro),
+    case("private", "pages_are_converted_in_place", 120, private::pages_are_converted_in_place),
     case(
         "faulty",
         "restored_from_a_slow_source_it_goes_on",

@@ -1,17 +1,26 @@
 //! The built-in guest on a machine: its start, its rounds, its state.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuExit;
 use vmpager_kvm::exit::ExitStats;
+use vmpager_kvm::private::PrivateMemory;
+use vmpager_kvm::probe;
+use vmpager_sys::memory::Mapping;
 
 use super::machine::{Machine, Parts};
-use super::program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED};
+use super::private::hypercalls_exit;
+use super::program::{
+    CONVERT_PORT, EVENT_DONE, EVENT_PORT, EVENT_STARTED, Gate, Parameters, gate_offset,
+};
 use super::refused;
-use super::registers::{INTERRUPTS, IOPL_3, initial_regs, initial_sregs};
+use super::registers::{INTERRUPTS, IOPL_3, initial_regs, initial_sregs, set_gate};
 use super::state::KvmState;
 use super::vcpu::{Answer, Stopped, Vcpu};
+use crate::PAGE_SIZE;
+use crate::device::to_usize;
 use crate::error::VmError;
 use crate::layout::Layout;
 use crate::threads::vcpu_thread;
@@ -25,7 +34,12 @@ pub(crate) struct Round {
 
 /// A machine that runs the built-in guest.
 #[derive(Debug)]
-pub(crate) struct Builtin(Machine);
+pub(crate) struct Builtin {
+    machine: Machine,
+    /// Where conversions are asked for by the port.
+    device: Option<Arc<Mapping>>,
+    gate: Gate,
+}
 
 impl Builtin {
     /// The guest as saved, or ready for its first instruction.
@@ -41,30 +55,49 @@ impl Builtin {
                 machine.vcpus.iter().try_for_each(|vcpu| reset(vcpu, layout, parts.irqchip))?;
             }
         }
-        Ok(Self(machine))
+        let gate = Gate::of(&machine);
+        if machine.private.is_some() {
+            let address = layout.code * PAGE_SIZE + gate_offset(machine.is_amd);
+            machine.vcpus.iter().try_for_each(|vcpu| set_gate(&vcpu.fd, address))?;
+        }
+        Ok(Self { machine, device: parts.device.map(|(_, mapping)| mapping.clone()), gate })
+    }
+
+    /// Which of its pages are private, if they can be.
+    pub(crate) fn private(&self) -> Option<&Arc<PrivateMemory>> {
+        self.machine.private.as_ref()
+    }
+
+    /// How its program asks for conversions.
+    pub(crate) fn gate(&self) -> u64 {
+        self.gate as u64
     }
 
     #[cfg(test)]
     pub(super) fn vcpus(&mut self) -> &mut [Vcpu] {
-        &mut self.0.vcpus
+        &mut self.machine.vcpus
     }
 
     /// Tells exit delivery, if there is one, what each vCPU will miss.
     pub(crate) fn foretell(&mut self, parts: Vec<Vec<u64>>) {
-        for (vcpu, part) in self.0.vcpus.iter_mut().zip(parts) {
+        for (vcpu, part) in self.machine.vcpus.iter_mut().zip(parts) {
             vcpu.foretell(part);
         }
     }
 
     pub(crate) fn exit_stats(&self) -> Option<ExitStats> {
-        self.0.exit_stats()
+        self.machine.exit_stats()
     }
 
     /// Runs one round of the program on every vCPU, each on a thread of its own.
     pub(crate) fn run(&mut self) -> Result<Vec<Round>, VmError> {
+        let calls = Calls { private: self.machine.private.clone(), device: self.device.clone() };
+        let calls = &calls;
         std::thread::scope(|scope| {
-            let threads = self.0.vcpus.iter_mut().map(|vcpu| {
-                vcpu_thread(vcpu.id).spawn_scoped(scope, || round(vcpu)).map_err(VmError::Thread)
+            let threads = self.machine.vcpus.iter_mut().map(|vcpu| {
+                vcpu_thread(vcpu.id)
+                    .spawn_scoped(scope, move || round(vcpu, calls))
+                    .map_err(VmError::Thread)
             });
             let threads = threads.collect::<Result<Vec<_>, _>>()?;
             threads.into_iter().map(|t| t.join().expect("no panic in a vCPU thread")).collect()
@@ -73,7 +106,7 @@ impl Builtin {
 
     /// The state of all of it, between rounds.
     pub(crate) fn save(&mut self) -> Result<KvmState, VmError> {
-        let mut state = self.0.save()?;
+        let mut state = self.machine.save()?;
         for vcpu in &mut state.vcpus {
             // kvm_pvm forgets it; other hosts' ring 3 may not do `out` without.
             vcpu.regs.rflags |= IOPL_3;
@@ -94,9 +127,34 @@ fn reset(vcpu: &Vcpu, layout: &Layout, irqchip: bool) -> Result<(), VmError> {
     vcpu.set_registers(&regs, &initial_sregs(layout, sregs))
 }
 
+impl Gate {
+    fn of(machine: &Machine) -> Self {
+        // Where ring 0 is emulated, so would the hypercall be.
+        let emulated = probe::kvm().is_ok_and(|kvm| kvm.ring0_emulated());
+        if hypercalls_exit(&machine.vm) && !emulated { Self::Hypercall } else { Self::Port }
+    }
+}
+
+/// Answers conversions asked for by the port.
+struct Calls {
+    private: Option<Arc<PrivateMemory>>,
+    device: Option<Arc<Mapping>>,
+}
+
+impl Calls {
+    /// Whether there is somebody to answer a vCPU.
+    fn answer(&self, vcpu: usize) -> bool {
+        let (Some(private), Some(device)) = (&self.private, &self.device) else { return false };
+        let answer = private.hypercall(&Parameters::load_call(device, vcpu));
+        Parameters::store_answer(device, vcpu, answer);
+        true
+    }
+}
+
 /// One round: from the next entry to the event `done`.
-fn round(vcpu: &mut Vcpu) -> Result<Round, VmError> {
+fn round(vcpu: &mut Vcpu, calls: &Calls) -> Result<Round, VmError> {
     let mut started = None;
+    let number = to_usize(vcpu.id);
     let stopped = vcpu.run(|exit| match (exit, started) {
         (VcpuExit::IoOut(EVENT_PORT, [EVENT_STARTED]), _) => {
             started = Some(Instant::now());
@@ -105,6 +163,7 @@ fn round(vcpu: &mut Vcpu) -> Result<Round, VmError> {
         (VcpuExit::IoOut(EVENT_PORT, [EVENT_DONE]), Some(started)) => {
             Answer::Stop(Round { started, done: Instant::now() })
         }
+        (VcpuExit::IoOut(CONVERT_PORT, _), _) if calls.answer(number) => Answer::GoOn,
         (exit, _) => Answer::Unexpected(format!("{exit:?}")),
     })?;
     match stopped {

@@ -46,6 +46,13 @@ pub(super) fn of_vcpu(offered: &CpuId, id: u64, vcpus: u64) -> CpuId {
     cpuid
 }
 
+/// Whether the processor is AMD's, or one of those made after them.
+pub(super) fn is_amd(offered: &CpuId) -> bool {
+    let leaf = offered.as_slice().iter().find(|entry| entry.function == 0);
+    let name = leaf.map(|leaf| [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes));
+    name.is_some_and(|name| [&b"AuthenticAMD"[..], b"HygonGenuine"].contains(&name.as_flattened()))
+}
+
 fn topology(entry: &mut kvm_cpuid_entry2, id: u32, vcpus: u32) {
     let (shift, processors, level) = match entry.index {
         0 => (0, 1, SMT),

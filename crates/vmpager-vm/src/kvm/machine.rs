@@ -1,18 +1,21 @@
 //! A KVM virtual machine: memslots, interrupt controllers, vCPUs.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config,
-    kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_GUEST_MEMFD, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry,
+    kvm_pit_config, kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmpager_kvm::apf::{self, ApfStats};
 use vmpager_kvm::exit::ExitStats;
+use vmpager_kvm::private::PrivateMemory;
 use vmpager_sys::memory::Mapping;
 
+use super::private::{Protected, Protection};
 use super::state::{KvmState, MachineState, StateScope};
 use super::vcpu::Vcpu;
 use super::{cpuid, refused};
@@ -43,6 +46,10 @@ pub(crate) struct Machine {
     // After the vCPUs, which may share it, and before the memory: KVM must let go
     // of it first.
     pub(super) vm: Arc<VmFd>,
+    /// Which of its pages are private, if they can be.
+    pub(crate) private: Option<Arc<PrivateMemory>>,
+    /// Whether its processor's hypercalls are AMD's.
+    pub(super) is_amd: bool,
     _memory: Vec<Arc<Mapping>>,
 }
 
@@ -50,10 +57,17 @@ impl Machine {
     /// Makes a VM whose vCPUs are as they are after reset.
     pub(crate) fn new(parts: &Parts<'_>) -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(|e| VmError::NoKvm(e.into()))?;
-        let kind = parts.memory.mechanism().map_or(Ok(0), |mechanism| mechanism.vm_type(&kvm))?;
+        let private = Protection::of(&kvm, parts.memory)?;
+        let kind = match (&private, parts.memory.mechanism()) {
+            (Some(private), _) => private.vm_type(),
+            (None, Some(mechanism)) => mechanism.vm_type(&kvm)?,
+            (None, None) => 0,
+        };
         let vm = Arc::new(create_vm(&kvm, kind)?);
         check_capabilities(parts.vcpus, parts.irqchip, |cap| vm.check_extension_int(cap))?;
-        let memory = add_memory(&vm, parts)?;
+        let private = private.map(|private| private.set_up(&vm, parts.memory)).transpose()?;
+        let memory = add_memory(&vm, parts, private.as_ref())?;
+        let private = private.map(|private| private.start(&vm, parts.memory)).transpose()?;
         if parts.irqchip {
             create_irqchip(&vm)?;
         }
@@ -78,7 +92,7 @@ impl Machine {
             fd.set_tsc_khz(0).map_err(refused("run the vCPU's TSC at the host's frequency"))?;
             let cpuid = cpuid::of_vcpu(&offered, id, parts.vcpus);
             fd.set_cpuid2(&cpuid).map_err(refused("set the vCPU's CPUID"))?;
-            let mut vcpu = Vcpu::new(id, fd)?;
+            let mut vcpu = Vcpu::new(id, fd, private.clone())?;
             if let Some(exits) = &mut exits
                 && let Some(bringer) = exits.bringers.pop()
             {
@@ -89,7 +103,8 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
-        Ok(Self { vcpus, scope, vm, _memory: memory })
+        let is_amd = cpuid::is_amd(&offered);
+        Ok(Self { vcpus, scope, vm, private, is_amd, _memory: memory })
     }
 
     /// Puts a saved state into a machine that has not run. Its memory must be
@@ -210,25 +225,52 @@ fn check_capabilities(
 }
 
 /// Adds all memslots, and says which mappings they need.
-fn add_memory(vm: &VmFd, parts: &Parts<'_>) -> Result<Vec<Arc<Mapping>>, VmError> {
+fn add_memory(
+    vm: &VmFd,
+    parts: &Parts<'_>,
+    private: Option<&Protected>,
+) -> Result<Vec<Arc<Mapping>>, VmError> {
     let memory = &parts.memory.mapping;
     let device = parts
         .device
         .map(|(gpa, mapping)| (mapping, Memslot { gpa, offset: 0, len: mapping.len() as u64 }));
     let slots = parts.memory.slots.iter().map(|slot| (memory, *slot)).chain(device);
     for (id, (mapping, slot)) in (0..).zip(slots) {
-        add_memslot(vm, id, &slot, mapping)?;
+        let is_memory = Arc::ptr_eq(mapping, memory);
+        match private.and_then(Protected::guest_memfd).filter(|_| is_memory) {
+            Some(guest_memfd) => add_private_memslot(vm, id, &slot, mapping, guest_memfd)?,
+            None => add_memslot(vm, id, &slot, mapping)?,
+        }
     }
     let device = parts.device.map(|(_, mapping)| mapping.clone());
     Ok([memory.clone()].into_iter().chain(device).collect())
 }
 
-pub(super) fn add_memslot(
+/// As [`add_memslot`], its private pages from a guest_memfd.
+fn add_private_memslot(
     vm: &VmFd,
     id: u32,
     slot: &Memslot,
     mapping: &Mapping,
+    guest_memfd: BorrowedFd<'_>,
 ) -> Result<(), VmError> {
+    check_memslot(slot, mapping)?;
+    let region = kvm_userspace_memory_region2 {
+        slot: id,
+        flags: KVM_MEM_GUEST_MEMFD,
+        guest_phys_addr: slot.gpa,
+        memory_size: slot.len,
+        userspace_addr: mapping.hva() + slot.offset,
+        guest_memfd_offset: slot.offset,
+        guest_memfd: guest_memfd.as_raw_fd().cast_unsigned(),
+        ..Default::default()
+    };
+    // SAFETY: as for any memslot; and nobody has the guest_memfd mapped.
+    let result = unsafe { vm.set_user_memory_region2(region) };
+    result.map_err(refused("map guest memory that can be private"))
+}
+
+fn check_memslot(slot: &Memslot, mapping: &Mapping) -> Result<(), VmError> {
     let end = slot.offset.checked_add(slot.len);
     if end.is_none_or(|end| end > mapping.len() as u64) {
         return Err(VmError::Config {
@@ -237,6 +279,16 @@ pub(super) fn add_memslot(
             remedy: "use memslots that lie inside guest memory",
         });
     }
+    Ok(())
+}
+
+pub(super) fn add_memslot(
+    vm: &VmFd,
+    id: u32,
+    slot: &Memslot,
+    mapping: &Mapping,
+) -> Result<(), VmError> {
+    check_memslot(slot, mapping)?;
     let region = kvm_userspace_memory_region {
         slot: id,
         flags: 0,

@@ -6,6 +6,7 @@
 //! ```text
 //! out EVENT, started -> read the command -> prepare: table[p] = sum(p)
 //!                                        -> work:    touch, time, verify
+//!                                        -> convert: verify, convert, verify, fill
 //! out EVENT, done    -> (the host has the results; the next entry goes on) -> start
 //! ```
 //!
@@ -14,6 +15,7 @@
 
 use std::mem::offset_of;
 
+use vmpager::core::convert::HC_MAP_GPA_RANGE;
 use vmpager_sys::memory::Mapping;
 
 use crate::checksum::{MULTIPLIER, ROTATION, SEEDS};
@@ -35,7 +37,23 @@ pub(crate) enum Command {
     Prepare = 0,
     /// Touches and verifies `count` pages in the order given.
     Work = 1,
+    /// Does `count` conversions, and checks their pages and those beside them.
+    Convert = 2,
 }
+
+/// How the program asks for a conversion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(super) enum Gate {
+    /// By a hypercall: KVM takes them from ring 0 only, where a SYSCALL gets.
+    Hypercall = 0,
+    /// By a port, its arguments in the parameter block: where KVM has no such
+    /// hypercalls, or emulates ring 0.
+    Port = 1,
+}
+
+/// The port to ask by.
+pub(super) const CONVERT_PORT: u16 = 0xea;
 
 /// A vCPU's parameter block, in the device memory; see the assembly for its use.
 #[repr(C)]
@@ -59,6 +77,20 @@ pub(crate) struct Parameters {
     pub(crate) mismatches: u64,
     /// Result: the first of them.
     pub(crate) first_mismatch: u64,
+    /// Convert: gpa of the conversions, 16 bytes each.
+    pub(crate) ops: u64,
+    /// Convert: gpa of the tags, u32 for each page of memory.
+    pub(crate) tags: u64,
+    /// Convert: the end of this vCPU's pages, which start at `first`.
+    pub(crate) end: u64,
+    /// Convert: whether contents stay.
+    pub(crate) preserves: u64,
+    /// Convert: a [`Gate`].
+    pub(crate) gate: u64,
+    /// Result: what a conversion that failed returned.
+    pub(crate) failed: u64,
+    /// By the port: arguments and answer.
+    pub(crate) call: [u64; 4],
 }
 
 const WORDS: usize = size_of::<Parameters>() / 8;
@@ -75,6 +107,16 @@ impl Parameters {
             self.write_every,
             self.mismatches,
             self.first_mismatch,
+            self.ops,
+            self.tags,
+            self.end,
+            self.preserves,
+            self.gate,
+            self.failed,
+            self.call[0],
+            self.call[1],
+            self.call[2],
+            self.call[3],
         ]
     }
 
@@ -89,6 +131,23 @@ impl Parameters {
     pub(crate) fn load_results(device: &Mapping, vcpu: usize) -> (u64, u64) {
         let word = |offset| device.read_u64(vcpu * PAGE_BYTES + offset);
         (word(offset_of!(Parameters, mismatches)), word(offset_of!(Parameters, first_mismatch)))
+    }
+
+    /// What a conversion that failed returned to a vCPU; 0 if none did.
+    pub(crate) fn load_failure(device: &Mapping, vcpu: usize) -> u64 {
+        device.read_u64(vcpu * PAGE_BYTES + offset_of!(Parameters, failed))
+    }
+
+    /// What a vCPU asks for by the port.
+    pub(super) fn load_call(device: &Mapping, vcpu: usize) -> [u64; 6] {
+        let at = vcpu * PAGE_BYTES + offset_of!(Parameters, call);
+        let word = |i: usize| device.read_u64(at + i * 8);
+        [word(0), word(1), word(2), 0, 0, 0]
+    }
+
+    /// What it is told.
+    pub(super) fn store_answer(device: &Mapping, vcpu: usize, answer: u64) {
+        device.write_u64(vcpu * PAGE_BYTES + offset_of!(Parameters, call) + 24, answer);
     }
 }
 
@@ -111,6 +170,21 @@ pub(crate) fn code() -> &'static [u8] {
     unsafe { std::slice::from_raw_parts(start, len) }
 }
 
+/// Where in the program a SYSCALL is to go, whose hypercalls are those of AMD's
+/// processors, or of Intel's.
+pub(super) fn gate_offset(is_amd: bool) -> u64 {
+    unsafe extern "C" {
+        safe static vmpager_guest_start: u8;
+        safe static vmpager_guest_gate_amd: u8;
+        safe static vmpager_guest_gate_intel: u8;
+    }
+    let gate = match is_amd {
+        true => &raw const vmpager_guest_gate_amd,
+        false => &raw const vmpager_guest_gate_intel,
+    };
+    gate as u64 - &raw const vmpager_guest_start as u64
+}
+
 // rdi  MULTIPLIER              r12  index of the touch, or pages left
 // rbx  page number             r13  touches until the next write
 // rsi  the page's address      r15  the parameter block
@@ -125,8 +199,9 @@ std::arch::global_asm!(
     "    mov al, {started}",
     "    out {port}, al",
     "    movabs rdi, {multiplier}",
-    "    cmp qword ptr [r15 + {command}], 0",
-    "    jne 20f",
+    "    cmp qword ptr [r15 + {command}], 1",
+    "    je 20f",
+    "    ja 30f",
 
     // prepare: sums[page] = checksum(page)
     "    mov rbx, [r15 + {first}]",
@@ -187,6 +262,144 @@ std::arch::global_asm!(
     "25: inc r12",
     "    jmp 21b",
 
+    // convert: r13 is the conversion: page, pages, flags, tag
+    "30: xor r12d, r12d",
+    "31: cmp r12, [r15 + {count}]",
+    "    jae 90f",
+    "    mov r13, r12",
+    "    shl r13, 4",
+    "    add r13, [r15 + {ops}]",
+    "    call 80f",
+    "    call 85f",
+    "32: call 60f",
+    "    inc rbx",
+    "    cmp rbx, r14",
+    "    jb 32b",
+    "    call 85f",
+    "    shl rbx, 12",
+    "    mov r8d, [r13 + 4]",
+    "    mov edx, [r13 + 8]",
+    "    cmp qword ptr [r15 + {gate}], 0",
+    "    jne 33f",
+    "    mov eax, {map_gpa_range}",
+    "    syscall",
+    "    jmp 34f",
+    "33: mov [r15 + {call}], rbx",
+    "    mov [r15 + {call} + 8], r8",
+    "    mov [r15 + {call} + 16], rdx",
+    "    mov al, 1",
+    "    out {convert_port}, al",
+    "    mov rax, [r15 + {call} + 24]",
+    "34: test rax, rax",
+    "    jz 35f",
+    "    mov [r15 + {failed}], rax",
+    "    jmp 90f",
+    // What the pages hold now, the kind they have, and something new in them.
+    "35: call 85f",
+    "36: mov rdx, [r15 + {tags}]",
+    "    mov eax, [rdx + rbx*4]",
+    "    mov ecx, [r13 + 8]",
+    "    shl ecx, 27", // private: bit 4 there, bit 31 here
+    "    xor ecx, eax",
+    "    jns 38f",
+    "    cmp qword ptr [r15 + {preserves}], 0",
+    "    jne 37f",
+    "    and eax, 0x80000000",
+    "37: xor eax, 0x80000000",
+    "    mov [rdx + rbx*4], eax",
+    "38: call 60f",
+    "    call 70f",
+    "    inc rbx",
+    "    cmp rbx, r14",
+    "    jb 36b",
+    "    call 80f",
+    "    inc r12",
+    "    jmp 31b",
+
+    // checks page rbx against its tag
+    "60: mov rdx, [r15 + {tags}]",
+    "    mov eax, [rdx + rbx*4]",
+    "    and eax, 0x7fffffff",
+    "    cmp eax, 0x7fffffff",
+    "    je 62f",
+    "    call 75f",
+    "61: mov rax, r8",
+    "    imul rax, r9",
+    "    cmp rax, [rsi]",
+    "    jne 63f",
+    "    add r9, 2",
+    "    add rsi, 8",
+    "    dec ecx",
+    "    jnz 61b",
+    "62: ret",
+    "63: cmp qword ptr [r15 + {mismatches}], 0",
+    "    jne 64f",
+    "    mov [r15 + {first_mismatch}], rbx",
+    "64: inc qword ptr [r15 + {mismatches}]",
+    "    ret",
+
+    // gives page rbx the conversion's tag, and fills it
+    "70: mov rdx, [r15 + {tags}]",
+    "    and dword ptr [rdx + rbx*4], 0x80000000",
+    "    mov eax, [r13 + 12]",
+    "    or [rdx + rbx*4], eax",
+    "    call 75f",
+    "71: mov rax, r8",
+    "    imul rax, r9",
+    "    mov [rsi], rax",
+    "    add r9, 2",
+    "    add rsi, 8",
+    "    dec ecx",
+    "    jnz 71b",
+    "    ret",
+
+    // of tag eax and page rbx: word k is r8 * (r9 + 2k), at rsi; none for tag 0
+    "75: mov r8, rax",
+    "    shl r8, 32",
+    "    jz 76f",
+    "    or r8, rbx",
+    "76: mov r9, rdi",
+    "    mov rsi, rbx",
+    "    shl rsi, 12",
+    "    mov ecx, 4096 / 8",
+    "    ret",
+
+    // checks the pages on either side, if they are this vCPU's
+    "80: mov ebx, [r13]",
+    "    cmp rbx, [r15 + {first}]",
+    "    jbe 81f",
+    "    dec rbx",
+    "    call 60b",
+    "81: call 85f",
+    "    mov rbx, r14",
+    "    cmp rbx, [r15 + {end}]",
+    "    jb 60b",
+    "    ret",
+
+    // rbx, r14: the conversion's first page, and the one after its last
+    "85: mov ebx, [r13]",
+    "    mov r14d, [r13 + 4]",
+    "    add r14, rbx",
+    "    ret",
+
+    // In ring 0. SYSCALL has left the way back in rcx, where an argument belongs.
+    ".globl vmpager_guest_gate_amd",
+    ".hidden vmpager_guest_gate_amd",
+    "vmpager_guest_gate_amd:",
+    "    mov r10, rcx",
+    "    mov rcx, r8",
+    "    vmmcall",
+    "    mov rcx, r10",
+    "    sysretq",
+    ".globl vmpager_guest_gate_intel",
+    ".hidden vmpager_guest_gate_intel",
+    "vmpager_guest_gate_intel:",
+    "    mov r10, rcx",
+    "    mov rcx, r8",
+    "    vmcall",
+    "    mov rcx, r10",
+    "    sysretq",
+
     // rax = checksum of the page at rsi
     "50: movabs r8, {seed0}",
     "    movabs r9, {seed1}",
@@ -246,4 +459,19 @@ std::arch::global_asm!(
     write_every = const offset_of!(Parameters, write_every),
     mismatches = const offset_of!(Parameters, mismatches),
     first_mismatch = const offset_of!(Parameters, first_mismatch),
+    ops = const offset_of!(Parameters, ops),
+    tags = const offset_of!(Parameters, tags),
+    end = const offset_of!(Parameters, end),
+    preserves = const offset_of!(Parameters, preserves),
+    gate = const offset_of!(Parameters, gate),
+    failed = const offset_of!(Parameters, failed),
+    call = const offset_of!(Parameters, call),
+    convert_port = const CONVERT_PORT,
+    map_gpa_range = const HC_MAP_GPA_RANGE,
 );
+
+/// What a page with that tag holds, word by word; as the program fills it.
+pub(crate) fn pattern(tag: u32, page: u64) -> impl Iterator<Item = u64> {
+    let seed = if tag == 0 { 0 } else { u64::from(tag) << 32 | page };
+    (0..PAGE_BYTES as u64 / 8).map(move |k| seed.wrapping_mul(MULTIPLIER.wrapping_add(2 * k)))
+}

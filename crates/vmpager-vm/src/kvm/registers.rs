@@ -1,9 +1,11 @@
 //! A vCPU's registers as the built-in guest starts.
 
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_ioctls::VcpuFd;
 
-use super::program;
+use super::{program, refused};
 use crate::PAGE_SIZE;
+use crate::error::VmError;
 use crate::layout::{Layout, TSS_OFFSET};
 
 /// The flags that let ring 3 use `out`.
@@ -11,6 +13,24 @@ pub(super) const IOPL_3: u64 = 3 << 12;
 
 /// The flag that lets interrupts in. None comes: nothing is set up to send any.
 pub(super) const INTERRUPTS: u64 = 1 << 9;
+
+const EFER: u64 = 0xd00; // NXE LMA LME
+const SYSCALL_ENABLE: u64 = 1;
+
+/// Has SYSCALL go to that address, in ring 0, and SYSRET back to ring 3 with the
+/// segments the guest has there.
+pub(super) fn set_gate(vcpu: &VcpuFd, address: u64) -> Result<(), VmError> {
+    const STAR: u32 = 0xc000_0081;
+    const LSTAR: u32 = 0xc000_0082;
+    const SYSCALL_MASK: u32 = 0xc000_0084;
+    let msrs = [(STAR, 0x20 << 48 | 0x08 << 32), (LSTAR, address), (SYSCALL_MASK, 0)];
+    let msrs = msrs.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+    let msrs = Msrs::from_entries(&msrs).expect("fewer than KVM takes");
+    vcpu.set_msrs(&msrs).map_err(refused("set MSRs"))?;
+    let mut sregs = vcpu.get_sregs().map_err(refused("read system registers"))?;
+    sregs.efer |= SYSCALL_ENABLE;
+    vcpu.set_sregs(&sregs).map_err(refused("set system registers"))
+}
 
 /// General registers at the guest's first instruction.
 pub(super) fn initial_regs(layout: &Layout, vcpu: u64) -> kvm_regs {
@@ -63,6 +83,6 @@ pub(super) fn initial_sregs(layout: &Layout, mut sregs: kvm_sregs) -> kvm_sregs 
     sregs.cr0 = 0x8005_0033; // PG AM WP NE ET MP PE
     sregs.cr3 = layout.page_table_root();
     sregs.cr4 = 0x20; // PAE
-    sregs.efer = 0xd00; // NXE LMA LME
+    sregs.efer = EFER;
     sregs
 }

@@ -8,8 +8,10 @@ use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmpager_kvm::apf::{ApfStats, AsyncFaults, Caller, Policy, Told};
 use vmpager_kvm::exit::{Delivered, ExitDelivery, ExitMemory, ExitStats, Fault};
+use vmpager_kvm::private::PrivateMemory;
 
 use super::kick::Kick;
+use super::private::Conversions;
 use super::refused;
 use super::state::{Msr, StateScope, VcpuState, is_async_pf};
 use crate::bringer::Bringer;
@@ -25,6 +27,8 @@ pub(crate) struct Vcpu {
     exits: Option<Box<ExitDelivery<Bringer>>>,
     /// Tells the guest of those that take long, if vmpager plays that device.
     async_faults: Option<Box<AsyncFaults>>,
+    /// Converts pages, if they can be private.
+    private: Option<Conversions>,
 }
 
 /// What comes of one exit.
@@ -49,10 +53,15 @@ pub(crate) enum Stopped<S> {
 }
 
 impl Vcpu {
-    pub(super) fn new(id: u64, fd: VcpuFd) -> Result<Self, VmError> {
+    pub(super) fn new(
+        id: u64,
+        fd: VcpuFd,
+        private: Option<Arc<PrivateMemory>>,
+    ) -> Result<Self, VmError> {
         let kick = Kick::new(&fd)
             .map_err(|error| VmError::Kvm { what: "share a vCPU's page of control", error })?;
-        Ok(Self { id, fd, kick: Arc::new(kick), exits: None, async_faults: None })
+        let private = private.map(Conversions::new);
+        Ok(Self { id, fd, kick: Arc::new(kick), exits: None, async_faults: None, private })
     }
 
     /// Has its missing pages be exits of its own, brought by `bringer`.
@@ -128,7 +137,12 @@ impl Vcpu {
             if let (Some(device), Some(exits)) = (&mut self.async_faults, &self.exits) {
                 device.before_entry(&self.fd, exits)?;
             }
-            let ran = self.fd.run();
+            let mut ran = self.fd.run();
+            if let Some(private) = &mut self.private
+                && private.take(&mut ran)?
+            {
+                continue;
+            }
             let fault = Fault::of(&ran).filter(|_| self.exits.is_some());
             let exit = match (fault, ran) {
                 (Some(fault), _) => match self.bring(fault, &mut on_exit)? {

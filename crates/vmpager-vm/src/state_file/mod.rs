@@ -5,7 +5,8 @@
 //!   "version": 2,
 //!   "crc32c": "0x1b7a3c5d",
 //!   "body": {
-//!     "memory_bytes": …, "memslots": […], "guest": {…}, "kvm": {…}, "memory_crc32c": […]
+//!     "memory_bytes": …, "memslots": […], "guest": {…}, "kvm": {…}, "private": {…},
+//!     "memory_crc32c": […]
 //!   }
 //! }
 //! ```
@@ -13,7 +14,8 @@
 //! The checksum is that of the body's bytes as they stand in the file, from its
 //! opening to its closing brace. Nothing of the body is looked at before version
 //! and checksum are right; then everything in it must be known, be of its type
-//! and fit the rest. `memory_crc32c` has the checksum of each 2 MiB of the memory
+//! and fit the rest. `private` is there if memory could be private to the guest, and
+//! has the ranges that were. `memory_crc32c` has the checksum of each 2 MiB of the memory
 //! file.
 
 mod container;
@@ -31,6 +33,7 @@ use crate::layout::Layout;
 use crate::linux::MAX_VCPUS;
 use crate::memory::Memslot;
 use crate::pieces::pieces;
+use crate::private::PrivateState;
 use crate::vm::CpuKind;
 
 /// All of a saved VM but its memory.
@@ -44,6 +47,9 @@ pub struct VmState {
     /// Absent if host threads prepared the built-in guest, which then starts
     /// afresh.
     pub(crate) kvm: Option<KvmState>,
+    /// Which of the built-in guest's memory was private, if it could be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) private: Option<PrivateState>,
     /// The checksums of the memory file's pieces; a snapshot has them once its
     /// memory is written.
     pub(crate) memory_crc32c: Vec<u32>,
@@ -134,6 +140,14 @@ impl VmState {
                 pieces(bytes)
             );
             return Err(StateError::field("memory_crc32c", problem));
+        }
+        let private = self.private.as_ref();
+        let problem = match &self.guest {
+            Guest::Builtin(_) => private.and_then(|private| private.problem(&self.memslots)),
+            Guest::Linux(_) => private.map(|_| "there, but this guest has none".to_owned()),
+        };
+        if let Some(problem) = problem {
+            return Err(StateError::field("private", problem));
         }
         match &self.guest {
             Guest::Builtin(guest) => self.check_builtin(guest),

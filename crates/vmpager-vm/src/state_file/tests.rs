@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::devices::Ports;
 use crate::kvm::{Irqchip, Lapic, MachineState, VcpuState};
+use crate::private::PrivateState;
 
 /// Any state, with the parts that such a machine has.
 fn kvm(vcpus: usize, irqchip: bool) -> impl Strategy<Value = KvmState> {
@@ -41,6 +42,10 @@ fn builtin() -> impl Strategy<Value = VmState> {
             memslots: Memslot::flat(memory_bytes),
             guest: guest.clone(),
             kvm,
+            private: Some(PrivateState {
+                preserves: by_kvm,
+                ranges: vec![(PAGE_SIZE, 2 * PAGE_SIZE)],
+            }),
             memory_crc32c: checksums(memory_bytes),
         })
     })
@@ -59,6 +64,7 @@ fn linux() -> impl Strategy<Value = VmState> {
             memslots: Memslot::around_the_hole(memory_bytes),
             guest: guest.clone(),
             kvm: Some(kvm),
+            private: None,
             memory_crc32c: checksums(memory_bytes),
         })
     })
@@ -124,6 +130,29 @@ fn a_body_that_was_edited_is_refused_by_its_checksum() {
     assert!(matches!(error, StateError::Checksum { .. }), "{error}");
     let unsealed = text.replacen("\"crc32c\": \"", "\"crc32c\": \"0", 1);
     assert!(matches!(VmState::parse(unsealed.as_bytes()), Err(StateError::Checksum { .. })));
+}
+
+#[test]
+fn private_ranges_are_pages_of_memory_in_order() {
+    let state = one(builtin());
+    let end = state.memory_bytes;
+    for ranges in [
+        vec![(1, PAGE_SIZE)],
+        vec![(0, 0)],
+        vec![(0, PAGE_SIZE + 1)],
+        vec![(end, PAGE_SIZE)],
+        vec![(end - PAGE_SIZE, 2 * PAGE_SIZE)],
+        vec![(u64::MAX - PAGE_SIZE + 1, PAGE_SIZE)],
+        vec![(PAGE_SIZE, PAGE_SIZE), (0, PAGE_SIZE)],
+        vec![(0, 2 * PAGE_SIZE), (PAGE_SIZE, PAGE_SIZE)],
+    ] {
+        let private = Some(PrivateState { preserves: false, ranges });
+        let problem = refusal(&VmState { private, ..state.clone() });
+        assert!(problem.contains("private"), "{problem}");
+    }
+    let private = Some(PrivateState { preserves: false, ranges: Vec::new() });
+    let linux = VmState { private, ..one(linux()) };
+    assert!(refusal(&linux).contains("this guest has none"));
 }
 
 /// What a body with right version and checksum is refused for.

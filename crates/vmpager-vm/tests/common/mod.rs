@@ -25,7 +25,7 @@ pub(crate) fn cpus() -> Vec<Cpu> {
 
 pub(crate) fn config(cpu: Cpu) -> VmConfig {
     let filling = Filling::Generated { seed: SEED, bytes: None };
-    VmConfig { memory_bytes: MEMORY, filling, cpu, vcpus: 1, lapic: false }
+    VmConfig { memory_bytes: MEMORY, filling, cpu, ..VmConfig::default() }
 }
 
 /// A prepared guest's snapshot.

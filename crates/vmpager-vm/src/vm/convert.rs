@@ -1,0 +1,156 @@
+//! Conversions by the built-in guest, and what the host finds of them.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vmpager_kvm::private::PrivateMemory;
+
+use super::Vm;
+use crate::device::{OPS, to_usize};
+use crate::error::VmError;
+use crate::kvm::{Builtin, pattern};
+use crate::parallel::split;
+use crate::private::{ConvertReport, ConvertWorkload, IS_PRIVATE, UNKNOWN};
+use crate::{PAGE_BYTES, PAGE_SIZE};
+
+const NONE_PRIVATE: VmError = VmError::NotPrivate {
+    problem: "this VM's memory cannot be private; build it with `private` set",
+};
+
+impl Vm {
+    /// Which pages are private, if they can be.
+    pub fn private(&self) -> Option<&Arc<PrivateMemory>> {
+        self.machine.as_ref().and_then(Builtin::private)
+    }
+
+    /// Has every vCPU convert pages of its part of memory, from private to shared
+    /// and back. Before each conversion it checks every byte of the pages, and of
+    /// those beside them; after it, too; then it fills them. At the end the host
+    /// looks at all pages it has, and at which it should not have.
+    ///
+    /// Contents are the guest's from then on: [`prepare`](Self::prepare) it before
+    /// it is saved, or works.
+    ///
+    /// # Errors
+    ///
+    /// If memory cannot be private, the guest stops, or a conversion fails. Wrong
+    /// pages are no error here: the report counts them.
+    pub fn convert(&mut self, workload: &ConvertWorkload) -> Result<ConvertReport, VmError> {
+        let private = self.private().ok_or(NONE_PRIVATE)?.clone();
+        self.tag_pages(&private);
+        let (mut left, mut seed) = (workload.conversions, workload.seed);
+        let (mut took, mut mismatches, mut first_mismatch) = (Duration::ZERO, 0, None);
+        while left > 0 {
+            let conversions = left.min(OPS as u64);
+            let part = ConvertWorkload { conversions, seed, ..workload.clone() };
+            took += self.convert_once(&part, &private)?;
+            let (wrong, first) = self.device.mismatches();
+            mismatches += wrong;
+            first_mismatch = first_mismatch.or(first);
+            left -= conversions;
+            seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        }
+        let (host_pages, host_mismatches) = self.compare_tags(&private)?;
+        let private_pages = private.private_ranges().iter().map(pages_of).sum();
+        Ok(ConvertReport {
+            conversions: workload.conversions * self.layout.vcpus,
+            took,
+            mismatches,
+            first_mismatch,
+            host_pages,
+            host_mismatches,
+            private_pages,
+        })
+    }
+
+    /// Says that pages hold what they do in another VM: the one whose snapshot this
+    /// one was restored from. Else it is not known what they hold until they are
+    /// converted.
+    pub fn holds_as(&mut self, other: &Self) {
+        for page in self.layout.contents() {
+            self.device.set_tag(page, other.device.tag(page));
+        }
+        self.is_tagged = other.is_tagged;
+    }
+
+    fn convert_once(
+        &mut self,
+        workload: &ConvertWorkload,
+        private: &PrivateMemory,
+    ) -> Result<Duration, VmError> {
+        let Some(machine) = &mut self.machine else { return Err(NONE_PRIVATE) };
+        let areas = split(self.layout.contents(), to_usize(self.layout.vcpus));
+        let parts: Vec<_> = (0..)
+            .zip(areas)
+            .map(|(vcpu, area)| (area.clone(), workload.ops(&area, vcpu)))
+            .collect();
+        self.device.ask_convert(&parts, private.preserves(), machine.gate());
+        let began = Instant::now();
+        machine.run()?;
+        let took = began.elapsed();
+        match self.device.failed_conversion() {
+            Some(answer) => {
+                let failed = private.log().into_iter().rev().find(|c| c.outcome.failed.is_some());
+                Err(VmError::ConversionRefused {
+                    answer: answer.cast_signed(),
+                    failed: failed.map(Box::new),
+                })
+            }
+            None => Ok(took),
+        }
+    }
+
+    /// What pages hold is not known at first; which kind they are, is.
+    fn tag_pages(&mut self, private: &PrivateMemory) {
+        self.is_prepared = false;
+        self.seed = None;
+        let is_private = in_ranges(private.private_ranges());
+        for page in self.layout.contents() {
+            let known = if self.is_tagged { self.device.tag(page) & !IS_PRIVATE } else { UNKNOWN };
+            let kind = if is_private(page) { IS_PRIVATE } else { 0 };
+            self.device.set_tag(page, known | kind);
+        }
+        self.is_tagged = true;
+    }
+
+    /// Compares what the guest says of its pages with what the host has of them:
+    /// how many pages it has, and how many are not as they should be.
+    fn compare_tags(&self, private: &PrivateMemory) -> Result<(u64, u64), VmError> {
+        let is_private = in_ranges(private.private_ranges());
+        let bytes = self.layout.memory_bytes();
+        let data = self.memory.resident().map_err(|error| VmError::Memory { bytes, error })?;
+        let is_data = in_ranges(data);
+        let view = self.memory.host_view();
+        let (mut pages, mut wrong) = (0, 0);
+        for page in self.layout.contents() {
+            let tag = self.device.tag(page);
+            if is_private(page) != (tag & IS_PRIVATE != 0) {
+                wrong += 1;
+            } else if tag & IS_PRIVATE != 0 {
+                // In a guest_memfd, it must be nowhere else.
+                wrong += u64::from(!private.is_in_place() && is_data(page));
+            } else if tag != UNKNOWN {
+                let at = to_usize(page) * PAGE_BYTES;
+                self.memory.bring(at);
+                let mut found = (at..).step_by(8).map(|at| view.read_u64(at));
+                let right = pattern(tag, page).all(|word| found.next() == Some(word));
+                (pages, wrong) = (pages + 1, wrong + u64::from(!right));
+            }
+        }
+        Ok((pages, wrong))
+    }
+}
+
+fn pages_of(bytes: &Range<u64>) -> u64 {
+    (bytes.end - bytes.start) / PAGE_SIZE
+}
+
+/// Whether a page lies in one of these ranges of bytes, which are in order.
+pub(super) fn in_ranges(ranges: Vec<Range<u64>>) -> impl Fn(u64) -> bool {
+    move |page| {
+        let at = page * PAGE_SIZE;
+        let after = ranges.partition_point(|range| range.start <= at);
+        after.checked_sub(1).and_then(|i| ranges.get(i)).is_some_and(|range| at < range.end)
+    }
+}

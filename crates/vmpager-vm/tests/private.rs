@@ -1,0 +1,199 @@
+//! Private guest memory on this machine's KVM: in a guest_memfd where that has
+//! memory attributes, else in place.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod common;
+
+use std::time::Instant;
+
+use common::config;
+use tempfile::TempDir;
+use vmpager_vm::{
+    ConvertReport, ConvertWorkload, ConvertedContents, Cpu, Delivery, ExitMechanism, InProcess,
+    PrivateBackend, PrivateConfig, RestoreMemory, SnapshotPaths, Vm, VmConfig, VmError, Workload,
+};
+
+/// A VM with private memory; `None` without KVM.
+fn build(backend: PrivateBackend, contents: ConvertedContents, vcpus: u64) -> Option<Vm> {
+    let private = Some(PrivateConfig { backend, contents });
+    match Vm::build(&VmConfig { private, vcpus, ..config(Cpu::Kvm) }) {
+        Ok(vm) => {
+            eprintln!("private memory: {}", vm.private().map_or("none", |p| p.backend()));
+            Some(vm)
+        }
+        Err(VmError::NoKvm(error)) => {
+            vmpager_testing::skipped(&format!("no /dev/kvm ({error})"));
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn convert(vm: &mut Vm, conversions: u64, seed: u64) -> ConvertReport {
+    let workload = ConvertWorkload { conversions, seed, ..ConvertWorkload::default() };
+    let report = vm.convert(&workload).unwrap();
+    assert_eq!((report.mismatches, report.host_mismatches), (0, 0), "{report:?}");
+    report
+}
+
+fn work(vm: &mut Vm) {
+    let report = vm.run(&Workload::default(), Instant::now()).unwrap();
+    assert_eq!((report.mismatches, report.pages), (0, vm.content_pages()), "{report:?}");
+    assert_eq!(vm.verify_from_host().mismatches, 0);
+}
+
+#[test]
+fn every_byte_is_right_after_conversions_by_several_vcpus() {
+    for contents in [ConvertedContents::Zero, ConvertedContents::Preserve] {
+        let backend = match contents {
+            ConvertedContents::Zero => PrivateBackend::Auto,
+            ConvertedContents::Preserve => PrivateBackend::InPlace,
+        };
+        let Some(mut vm) = build(backend, contents, 3) else { return };
+        let first = convert(&mut vm, 60, 1);
+        let second = convert(&mut vm, 60, 2);
+        assert_eq!(second.conversions, 180);
+        assert!(first.private_pages > 0 && second.host_pages > 0, "{first:?} {second:?}");
+        let stats = vm.private().unwrap().stats();
+        assert_eq!((stats.explicit, stats.undone, stats.stands, stats.refused), (360, 0, 0, 0));
+        // The checksums the guest has now are those of what it filled.
+        vm.prepare().unwrap();
+        work(&mut vm);
+    }
+}
+
+#[test]
+fn ranges_that_make_no_sense_are_einval_and_change_nothing() {
+    let Some(mut vm) = build(PrivateBackend::Auto, ConvertedContents::Zero, 1) else { return };
+    vm.prepare().unwrap();
+    let private = vm.private().unwrap();
+    let end = u64::try_from(vm.memory().len()).unwrap();
+    let device = 32 << 30;
+    for (gpa, pages, flags) in [
+        (1, 1, 16),
+        (0, 0, 16),
+        (end, 1, 16),
+        (end - 4096, 2, 0),
+        (device, 1, 16),
+        (u64::MAX - 4095, 1, 16),
+        (0, u64::MAX, 16),
+        (0, 1, 16 | 64),
+    ] {
+        let told = private.hypercall(&[gpa, pages, flags, 0, 0, 0]);
+        assert_eq!(told.cast_signed(), -22, "{gpa:#x} {pages:#x} {flags:#x}");
+    }
+    assert_eq!(private.private_ranges(), []);
+    assert_eq!(private.stats().refused, 8);
+    assert_eq!(vm.verify_from_host().mismatches, 0);
+}
+
+/// Both kinds come back, eagerly and lazily, each page of its kind and with its
+/// bytes, while the guest goes on converting.
+#[test]
+fn a_saved_vm_has_each_page_of_its_kind_again() {
+    let Some(mut vm) = build(PrivateBackend::InPlace, ConvertedContents::Zero, 2) else { return };
+    convert(&mut vm, 80, 3);
+    vm.prepare().unwrap();
+    let dir = TempDir::new().unwrap();
+    let snapshot = vm.snapshot(&SnapshotPaths::in_dir(dir.path())).unwrap();
+    let saved = vm.private().unwrap().private_ranges();
+    assert!(!saved.is_empty());
+    let lazily = |background_fill| {
+        RestoreMemory::InProcess(InProcess {
+            background_fill,
+            collapse: background_fill,
+            ..InProcess::default()
+        })
+    };
+    for (number, from) in
+        [RestoreMemory::Eager, lazily(false), lazily(true)].into_iter().enumerate()
+    {
+        let mut checked = Vm::restore(&snapshot, from.clone(), Cpu::Kvm).unwrap();
+        assert_eq!(checked.private().unwrap().private_ranges(), saved);
+        work(&mut checked);
+
+        // Conversions race lazy installs and the fill.
+        let mut restored = Vm::restore(&snapshot, from, Cpu::Kvm).unwrap();
+        restored.holds_as(&vm);
+        convert(&mut restored, 80, 10 + number as u64);
+        restored.prepare().unwrap();
+        work(&mut restored);
+
+        // And so does saving it again, while much is missing.
+        let again = TempDir::new().unwrap();
+        let again = restored.snapshot(&SnapshotPaths::in_dir(again.path())).unwrap();
+        let ranges = restored.private().unwrap().private_ranges();
+        drop(restored);
+        let mut last = Vm::restore(&again, RestoreMemory::Eager, Cpu::Kvm).unwrap();
+        assert_eq!(last.private().unwrap().private_ranges(), ranges);
+        work(&mut last);
+    }
+}
+
+#[test]
+fn what_cannot_be_private_is_refused_with_the_reason() {
+    let Some(mut vm) = build(PrivateBackend::InPlace, ConvertedContents::Zero, 1) else { return };
+    convert(&mut vm, 20, 5);
+    vm.prepare().unwrap();
+    let dir = TempDir::new().unwrap();
+    let snapshot = vm.snapshot(&SnapshotPaths::in_dir(dir.path())).unwrap();
+    let by_exits = |mechanism| {
+        RestoreMemory::InProcess(InProcess {
+            delivery: Delivery::Exit(mechanism),
+            ..InProcess::default()
+        })
+    };
+    for (from, cpu, reason) in [
+        (RestoreMemory::Mmap, Cpu::Kvm, "mapped snapshot"),
+        (by_exits(ExitMechanism::View), Cpu::Kvm, "no exits"),
+        (by_exits(ExitMechanism::Attributes), Cpu::Kvm, "no exits"),
+        (RestoreMemory::Eager, Cpu::Threads, "host threads"),
+    ] {
+        let error = Vm::restore(&snapshot, from, cpu).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+    let eager = RestoreMemory::Eager;
+    let refused = Vm::restore_with(&snapshot, eager, Cpu::Kvm, PrivateBackend::GuestMemfd);
+    let error = refused.unwrap_err().to_string();
+    // Without attributes the first reason is that there are none.
+    assert!(
+        error.contains("cannot write it") || error.contains("no software-protected"),
+        "{error}"
+    );
+    let preserving = build_error(PrivateBackend::GuestMemfd, ConvertedContents::Preserve);
+    assert!(
+        preserving.contains("cannot preserve") || preserving.contains("no software-protected"),
+        "{preserving}"
+    );
+    let mut ordinary = Vm::build(&config(Cpu::Kvm)).unwrap();
+    let error = ordinary.convert(&ConvertWorkload::default()).unwrap_err().to_string();
+    assert!(error.contains("cannot be private"), "{error}");
+}
+
+fn build_error(backend: PrivateBackend, contents: ConvertedContents) -> String {
+    let private = Some(PrivateConfig { backend, contents });
+    Vm::build(&VmConfig { private, ..config(Cpu::Kvm) }).unwrap_err().to_string()
+}
+
+/// A wrong byte in a private page is found by the guest, in a shared one by both:
+/// or these tests would prove nothing.
+#[test]
+fn a_wrong_byte_is_found() {
+    let Some(mut vm) = build(PrivateBackend::InPlace, ConvertedContents::Preserve, 1) else {
+        return;
+    };
+    convert(&mut vm, 200, 6);
+    let private = vm.private().unwrap().clone();
+    let is_private = |gpa| private.kind(gpa) == Some(vmpager::core::convert::Kind::Private);
+    let some_page = private.private_ranges()[0].start;
+    let page = usize::try_from(some_page).unwrap();
+    let word = vm.memory().read_u64(page + 8);
+    vm.memory().write_u64(page + 8, word ^ 1 << 40);
+    assert!(is_private(some_page));
+    // The same conversions meet every page again.
+    let workload = ConvertWorkload { conversions: 200, seed: 6, ..ConvertWorkload::default() };
+    let report = vm.convert(&workload).unwrap();
+    assert!(report.mismatches > 0, "{report:?}");
+    assert_eq!(report.first_mismatch, Some(some_page / 4096));
+}
