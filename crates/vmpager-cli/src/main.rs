@@ -6,6 +6,7 @@ mod demo;
 mod doctor;
 mod image;
 mod output;
+mod profile;
 mod restore;
 mod scratch;
 mod serve;
@@ -48,6 +49,9 @@ enum Command {
     /// Pack memory files into small images that VMs are served from.
     #[command(subcommand)]
     Image(image::ImageCommand),
+    /// Record which pages a guest touches, so that later restores bring them first.
+    #[command(subcommand)]
+    Profile(profile::ProfileCommand),
     /// Measure, side by side with the floor or a peer.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -75,6 +79,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Image(command) => image::run(command),
+        Command::Profile(command) => profile::run(command),
         Command::Bench(command) => bench::run(command),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -13,6 +13,8 @@ use vmpager::core::PageSource;
 use vmpager::daemon::DaemonEvent;
 use vmpager::{Daemon, DaemonConfig, NeighbourPolicy, ServeOptions, SessionSummary};
 use vmpager_store::RawFile;
+use vmpager_store::image::MemoryInput;
+use vmpager_store::profile::{Profile, Recorder};
 
 use crate::image::Parents;
 use crate::output;
@@ -24,7 +26,8 @@ use crate::output;
     curl --unix-socket /run/fc.sock -X PUT http://localhost/snapshot/load -d '{\n    \
     \"snapshot_path\": \"/snap/vmstate\", \"resume_vm\": true,\n    \
     \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/vm/pager.sock\"}}'\n\n\
-    vmpager serve --socket /run/vm/pager.sock --image /snap/mem.vmimg\n\n\
+    vmpager serve --socket /run/vm/pager.sock --image /snap/mem.vmimg \\\n      \
+    --profile /snap/mem.vmprof --record /snap/mem.vmprof\n\n\
     With a device back-end that takes part in the memory (docs/sharing.md):\n  \
     vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --attach /run/vm/doors &\n  \
     vmpager vm restore --state /snap/vmstate --memory /snap/mem \\\n    \
@@ -36,54 +39,62 @@ use crate::output;
 pub(crate) struct ServeArgs {
     /// Unix socket to listen on; it exists once VMMs may connect.
     #[arg(long, value_name = "SOCKET")]
-    socket: PathBuf,
+    pub(crate) socket: PathBuf,
     /// The memory file of the snapshot.
     #[arg(long, value_name = "FILE", required_unless_present = "image")]
-    memory: Option<PathBuf>,
+    pub(crate) memory: Option<PathBuf>,
     /// A packed image of the memory instead (`vmpager image pack`).
     #[arg(long, value_name = "IMAGE", conflicts_with = "memory")]
-    image: Option<PathBuf>,
+    pub(crate) image: Option<PathBuf>,
     #[command(flatten)]
-    parents: Parents,
+    pub(crate) parents: Parents,
+    /// Bring in what this profile says first, while the VM runs (`vmpager profile
+    /// record`). One that proves wrong is given up.
+    #[arg(long, value_name = "PROFILE")]
+    pub(crate) profile: Option<PathBuf>,
+    /// Record which pages VMs waited for; with --profile, those it lacked or was late
+    /// with. If the file is there, it is added to it, after each session.
+    #[arg(long, value_name = "PROFILE")]
+    pub(crate) record: Option<PathBuf>,
     /// Bring in all memory while the VM runs, then detach from it.
     #[arg(long)]
-    background_fill: bool,
+    pub(crate) background_fill: bool,
     /// Make huge pages of 2 MiB that are in place, in the VM's process: its guest
     /// then pays for 2 MiB once, not for every page. Takes the pager 0.5 ms
     /// each, and the right to trace the VMM and CAP_SYS_NICE.
     #[arg(long)]
-    collapse: bool,
+    pub(crate) collapse: bool,
     /// What to bring in beside a page that was touched.
     #[arg(long, value_enum, default_value_t = Prefetch::Adaptive)]
-    prefetch: Prefetch,
+    pub(crate) prefetch: Prefetch,
     /// Threads that serve [default: one per CPU, 4 at most].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    workers: Option<u16>,
+    pub(crate) workers: Option<u16>,
     /// Accept VMs whose regions cover only part of the file.
     #[arg(long)]
-    partial: bool,
+    pub(crate) partial: bool,
     /// Give each VM a socket PID.sock in this directory, by its VMM's process
     /// id, where other processes (device back-ends) may take part in its memory.
     #[arg(long, value_name = "DIR")]
-    attach: Option<PathBuf>,
+    pub(crate) attach: Option<PathBuf>,
     /// Seconds a peer may take to send its handshake.
     #[arg(long, value_name = "SECONDS", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
-    handshake_timeout: u64,
+    pub(crate) handshake_timeout: u64,
     /// Keep this file up to date with the sessions' numbers, as JSON.
     #[arg(long, value_name = "FILE")]
-    metrics_json: Option<PathBuf>,
+    pub(crate) metrics_json: Option<PathBuf>,
     /// Stop when the first session has ended.
     #[arg(long)]
-    once: bool,
+    pub(crate) once: bool,
     /// Print one JSON object with all sessions when it stops.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 /// What to bring in beside a page that was touched.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Prefetch {
+pub(crate) enum Prefetch {
     /// Nothing.
     Off,
     /// A window that doubles with each fault in the same 2 MiB.
@@ -122,11 +133,25 @@ const MAX_MAPPED: u64 = 6 << 20;
 const MAX_BUFFERED: usize = 4 << 20;
 
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
-    let mut config = DaemonConfig::new(&args.socket, open(args)?);
+    let mut report = serve(args)?;
+    if args.json {
+        report.peak_rss_bytes = peak_rss();
+        output::json(&report)?;
+    }
+    Ok(())
+}
+
+/// Serves until told to stop, or until the first session has ended.
+pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ServeReport> {
+    let (source, memory) = open(args)?;
+    let learning = Learning::open(args, &memory)?;
+    let mut config = DaemonConfig::new(&args.socket, source);
     config.options = ServeOptions {
         background_fill: args.background_fill,
         huge_pages: args.collapse,
         neighbours: args.prefetch.into(),
+        replay: learning.profile.as_ref().map(ServeOptions::order_of),
+        record: learning.record.as_ref().map(|(_, recorder)| Arc::clone(recorder)),
     };
     config.workers = workers(args);
     config.partial = args.partial;
@@ -154,12 +179,10 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         match event {
             DaemonEvent::SessionStarted { .. } => report.active += 1,
             DaemonEvent::SessionEnded(summary) => {
-                report.active = report.active.saturating_sub(1);
-                report.ended += 1;
-                if report.sessions.len() == MAX_SESSIONS {
-                    report.sessions.pop_front();
+                report.add(summary);
+                if let Err(error) = learning.save() {
+                    error!("{error:#}");
                 }
-                report.sessions.push_back(summary.clone());
             }
         }
         report.peak_rss_bytes = peak_rss();
@@ -167,11 +190,51 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
             error!("{error:#}");
         }
     })?;
-    if args.json {
-        report.peak_rss_bytes = peak_rss();
-        output::json(&report)?;
+    Ok(report)
+}
+
+impl ServeReport {
+    fn add(&mut self, ended: &SessionSummary) {
+        self.active = self.active.saturating_sub(1);
+        self.ended += 1;
+        if self.sessions.len() == MAX_SESSIONS {
+            self.sessions.pop_front();
+        }
+        self.sessions.push_back(ended.clone());
     }
-    Ok(())
+}
+
+/// The profile that is replayed, and the one that is recorded.
+struct Learning {
+    profile: Option<Profile>,
+    record: Option<(PathBuf, Arc<Recorder>)>,
+}
+
+impl Learning {
+    fn open(args: &ServeArgs, memory: &MemoryInput) -> anyhow::Result<Self> {
+        let profile = args.profile.as_ref().map(|path| Profile::open_for(path, memory));
+        let profile = profile.transpose()?;
+        let record = match &args.record {
+            None => None,
+            Some(path) => {
+                let so_far = if path.exists() {
+                    Profile::open_for(path, memory)?
+                } else {
+                    Profile::new(memory.identity()?)
+                };
+                Some((path.clone(), Arc::new(Recorder::new(so_far))))
+            }
+        };
+        Ok(Self { profile, record })
+    }
+
+    /// Writes what was recorded so far.
+    fn save(&self) -> anyhow::Result<()> {
+        match &self.record {
+            Some((path, recorder)) => output::replace_file(path, &recorder.profile().encode()),
+            None => Ok(()),
+        }
+    }
 }
 
 /// `VmHWM` of this process.
@@ -187,16 +250,19 @@ fn workers(args: &ServeArgs) -> usize {
     args.workers.map_or(cpus, usize::from)
 }
 
-fn open(args: &ServeArgs) -> anyhow::Result<Arc<dyn PageSource>> {
+fn open(args: &ServeArgs) -> anyhow::Result<(Arc<dyn PageSource>, MemoryInput)> {
     match (&args.image, &args.memory) {
-        (Some(image), _) => Ok(args.parents.open(image)?),
+        (Some(image), _) => {
+            let image = args.parents.open(image)?;
+            Ok((image.clone(), MemoryInput::image(image)))
+        }
         (None, Some(_)) if args.parents.are_given() => {
             bail!("--parent names a layer below an --image; a raw memory file has none")
         }
         (None, Some(memory)) => {
             let buffered = MAX_BUFFERED / workers(args);
             let options = RawFile::options().max_mapped(MAX_MAPPED).max_buffered(buffered);
-            Ok(options.open(memory)?)
+            Ok((options.open(memory)?, MemoryInput::raw(memory)?))
         }
         (None, None) => bail!("give the memory with --memory or --image"),
     }

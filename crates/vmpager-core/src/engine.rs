@@ -7,7 +7,7 @@
 //! The life of a fetch:
 //!
 //! ```text
-//!   fault / next_neighbours / next_fill -> Fetch(run)       the run is claimed
+//!   fault / next_neighbours / next_replayed / next_fill -> Fetch(run), claimed
 //!       -> read; for each of still_claimed(run): install
 //!             -> installed(part)          present
 //!             -> released(part)           could not now: ask again
@@ -21,7 +21,7 @@ use crate::addr::{ByteRange, Hva, PageRun, PageSize};
 use crate::huge::HugePieces;
 use crate::page_map::{Content, PageMap, Words};
 use crate::pages::Pages;
-use crate::prefetch::{FillPace, NeighbourPolicy, Neighbours};
+use crate::prefetch::{FillPace, NeighbourPolicy, Neighbours, Replay, ReplayCounts};
 use crate::slot::SlotSet;
 
 /// What to do about a missing fault.
@@ -85,6 +85,8 @@ pub struct Engine<W> {
     /// The windows around pages somebody waited for, without what was brought
     /// in of them already.
     windows: VecDeque<PageRun>,
+    /// What a profile says is needed, if there is one.
+    replay: Option<Replay>,
     pace: FillPace,
     /// No page below this is `Source`, or a hole whose turn has not come.
     cursor: u64,
@@ -108,6 +110,7 @@ impl<W: Words> Engine<W> {
             pages: Arc::new(Pages::new(slots, words)),
             neighbours: Neighbours::new(neighbours, count),
             windows: VecDeque::new(),
+            replay: None,
             pace: FillPace::new(),
             cursor: 0,
             huge: None,
@@ -156,13 +159,19 @@ impl<W: Words> Engine<W> {
     pub fn fault(&mut self, hva: Hva) -> Option<FaultPlan> {
         let page = self.slots().page_at(hva)?;
         self.demanded();
+        if let Some(replay) = &mut self.replay {
+            replay.demanded(page);
+        }
         Some(self.plan(page))
     }
 
     /// Somebody waits, here or in other memory: keep the next piece of the fill
-    /// small.
+    /// and of the replay small.
     pub fn demanded(&mut self) {
         self.pace.demanded();
+        if let Some(replay) = &mut self.replay {
+            replay.interrupted();
+        }
     }
 
     /// What to do now about a page somebody waits for.
@@ -225,6 +234,48 @@ impl<W: Words> Engine<W> {
             }
         }
         None
+    }
+
+    /// Brings in these ranges of the source before others, in this order: what a
+    /// profile says the guest will touch. Zero pages among them get memory.
+    pub fn replay(&mut self, order: &[ByteRange]) {
+        let pages = &self.pages;
+        let runs = order.iter().flat_map(|range| pages.slots().runs_meeting_source(*range));
+        let runs: Vec<PageRun> = runs.collect();
+        for run in &runs {
+            self.cursor = self.cursor.min(pages.give_zeroes(*run).unwrap_or(self.cursor));
+        }
+        self.replay = Some(Replay::new(runs, pages.map().pages()));
+    }
+
+    /// The replay of a profile, if there is one.
+    pub fn replaying(&self) -> Option<&Replay> {
+        self.replay.as_ref()
+    }
+
+    /// How many base pages the replay may bring in before faults are looked for
+    /// again.
+    pub fn replay_piece(&mut self) -> u64 {
+        self.replay.as_mut().map_or(0, Replay::piece)
+    }
+
+    /// The next pages of the profile, `most` at most (and at least one huge page,
+    /// in slots of such).
+    pub fn next_replayed(&mut self, most: u64) -> Option<Piece> {
+        while let Some(run) = self.replay.as_ref()?.next() {
+            let piece = self.next_piece(run, most);
+            let until = piece.map_or(run.end(), |piece| piece.run().end());
+            self.replay.as_mut()?.took(until);
+            if piece.is_some() {
+                return piece;
+            }
+        }
+        None
+    }
+
+    /// How well the profile fits so far.
+    pub fn replay_counts(&self) -> ReplayCounts {
+        self.replay.as_ref().map_or_else(ReplayCounts::default, Replay::counts)
     }
 
     /// How many base pages the background fill may bring in before faults are

@@ -16,7 +16,7 @@
 //! | [`pages`] | what all who install share |
 //! | [`present`] | what other processes read of the page map |
 //! | [`huge`] | which 2 MiB to make huge pages of |
-//! | [`prefetch`] | how much to bring in beside a demanded page, and what to fill next |
+//! | [`prefetch`] | what to bring in though nobody waits for it: neighbours, a profile, the fill |
 //! | [`apf`] | what a guest is told of pages it waits for |
 //! | [`engine`] | what to do about a fault, a removal, a finished read |
 //! | [`source`] | how page contents are asked for |

@@ -8,7 +8,7 @@
 //! installers need a gate, shared by those who install, held alone by who
 //! reads events and applies them.
 
-use crate::addr::PageRun;
+use crate::addr::{PageRun, PageSize};
 use crate::page_map::{Content, PageMap, Words};
 use crate::slot::SlotSet;
 use crate::sync::{AtomicU64, Ordering};
@@ -100,9 +100,30 @@ impl<W: Words> Pages<W> {
         self.holes.fetch_sub(self.map.clear_holes(run), Ordering::AcqRel);
     }
 
-    /// Zero pages lie in a small hole of the source: they shall have memory.
+    /// These zero pages shall have memory: they lie in a small hole of the source,
+    /// or are known to be used. To be said before others install.
     pub(crate) fn small_hole(&self, run: PageRun) {
+        let known = self.map.clear_holes(run);
         self.map.mark_holes(run);
-        self.holes.fetch_add(run.count, Ordering::AcqRel);
+        self.holes.fetch_add(run.count - known, Ordering::AcqRel);
+    }
+
+    /// The zero pages of a run of base pages that are absent shall have memory.
+    /// Returns the first of them.
+    pub(crate) fn give_zeroes(&self, run: PageRun) -> Option<u64> {
+        let (slot, _) = self.slots.slot_of(run.first);
+        if slot.page_size != PageSize::Size4K {
+            return None;
+        }
+        let (mut first, mut page) = (None, run.first);
+        while page < run.end() {
+            let part = PageRun::new(page, self.map.alike_from(page, run.end() - page));
+            if self.map.content(page) == Content::Zero && !self.map.is_present(page) {
+                self.small_hole(part);
+                first.get_or_insert(page);
+            }
+            page = part.end();
+        }
+        first
     }
 }

@@ -205,6 +205,21 @@ impl SlotSet {
             (from < to).then(|| PageRun::new(first + from, to - from))
         })
     }
+
+    /// The runs of pages some of whose contents lie inside a range of the source.
+    pub fn runs_meeting_source(&self, range: ByteRange) -> impl Iterator<Item = PageRun> + '_ {
+        self.by_hva.iter().filter_map(move |(slot, first)| {
+            let from = range.start.max(slot.source_offset);
+            let to = range.end().min(slot.source_offset + slot.len);
+            if from >= to {
+                return None;
+            }
+            let shift = slot.page_size.shift();
+            let from = (from - slot.source_offset) >> shift;
+            let to = (to - slot.source_offset).div_ceil(1 << shift);
+            Some(PageRun::new(first + from, to - from))
+        })
+    }
 }
 
 fn check_slot(index: usize, slot: &Slot, source_len: u64) -> Result<(), SlotError> {

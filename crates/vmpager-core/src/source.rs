@@ -198,6 +198,12 @@ pub trait PageReader: Send + fmt::Debug {
         1 << 63
     }
 
+    /// Says that these ranges will be asked for soon, in this order, so that a
+    /// reader can have larger pieces fetched than are asked for. Does not wait.
+    fn will_need(&mut self, ranges: &[ByteRange]) {
+        let _ = ranges;
+    }
+
     /// Starts reading in the background. Every accepted request is answered
     /// exactly once by [`complete`](Self::complete), failures included.
     fn submit(&mut self, request: ReadRequest);

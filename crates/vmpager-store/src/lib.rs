@@ -7,17 +7,22 @@
 //! | [`Image`](image::Image) | a packed image: no zeroes, each page once, compressed, in layers |
 //! | [`MemorySource`] | bytes in this process, always at hand: tests, benchmarks |
 //! | [`FaultySource`] | another source, made slow, failing or silent by a script: tests |
+//!
+//! [`profile`] says which of their pages to bring first.
 #![forbid(unsafe_code)]
 
 mod background;
 mod buffers;
+mod bytes;
 mod doorbell;
 mod executor;
 pub mod faulty;
 pub mod image;
 mod memory_source;
+pub mod profile;
 mod queue;
 pub mod raw_file;
+mod readahead;
 mod threads;
 
 pub use faulty::FaultySource;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use vmpager_core::prefetch::NeighbourPolicy;
 use vmpager_core::{Hva, PageSize, PageSource, Slot, SlotError, SlotSet, SourceError};
+use vmpager_store::profile::{Profile, Recorder};
 use vmpager_sys::memory::GuestRange;
 use vmpager_sys::peer::own_pidfd;
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
@@ -183,6 +184,21 @@ impl PagerBuilder {
     #[must_use]
     pub fn neighbours(mut self, policy: NeighbourPolicy) -> Self {
         self.options.neighbours = policy;
+        self
+    }
+
+    /// Brings in what a profile of the source says before other pages, while the
+    /// guest runs; pages that somebody waits for go first.
+    #[must_use]
+    pub fn profile(mut self, profile: &Profile) -> Self {
+        self.options.replay = Some(ServeOptions::order_of(profile));
+        self
+    }
+
+    /// Leaves there which pages were waited for, once serving ends.
+    #[must_use]
+    pub fn record(mut self, recorder: Arc<Recorder>) -> Self {
+        self.options.record = Some(recorder);
         self
     }
 

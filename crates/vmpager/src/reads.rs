@@ -51,6 +51,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// Reads for the background fill in flight at once, so that a demanded read
 /// never queues behind many: each is 512 KiB at most (or one huge page).
 const FILL_DEPTH: usize = 4;
+/// Reads that nobody waits for, for whatever reason. Those of a profile are small
+/// where its pages are far from each other.
+const PREFETCH_DEPTH: usize = 24;
 
 /// A worker's reader and the reads it has given to it.
 #[derive(Debug)]
@@ -60,19 +63,23 @@ pub(crate) struct Reads {
     paused: Vec<(Instant, Read)>,
     next: u64,
     fills: usize,
+    prefetches: usize,
 }
 
 impl Reads {
     pub(crate) fn new(reader: Box<dyn PageReader>) -> Self {
-        Self { reader, in_flight: HashMap::new(), paused: Vec::new(), next: 0, fills: 0 }
+        let (in_flight, paused) = (HashMap::new(), Vec::new());
+        Self { reader, in_flight, paused, next: 0, fills: 0, prefetches: 0 }
     }
 
     /// Starts a read in the background.
     pub(crate) fn submit(&mut self, read: Read) {
         let id = ReadId(self.next);
         self.next += 1;
-        if read.priority == Priority::Fill {
-            self.fills += 1;
+        match read.priority {
+            Priority::Fill => self.fills += 1,
+            Priority::Prefetch => self.prefetches += 1,
+            Priority::Demand => {}
         }
         self.in_flight.insert(id, read);
         self.reader.submit(ReadRequest { id, range: read.range, priority: read.priority });
@@ -81,6 +88,11 @@ impl Reads {
     /// Whether the background fill may submit one more.
     pub(crate) fn may_fill(&self) -> bool {
         self.fills < FILL_DEPTH
+    }
+
+    /// Whether the replay of a profile may submit one more.
+    pub(crate) fn may_prefetch(&self) -> bool {
+        self.fills + self.prefetches < PREFETCH_DEPTH
     }
 
     /// Whether nothing is in flight or waits to be tried again.
@@ -131,26 +143,21 @@ impl Reads {
         self.paused.iter().map(|(at, _)| *at).min()
     }
 
-    /// Takes the record of a finished read.
-    fn take(in_flight: &mut HashMap<ReadId, Read>, fills: &mut usize, id: ReadId) -> Option<Read> {
-        let read = in_flight.remove(&id)?;
-        if read.priority == Priority::Fill {
-            *fills -= 1;
-        }
-        Some(read)
-    }
-
     /// Hands over what has finished. `done` may keep what it wants to submit
     /// next, but cannot submit from within.
     pub(crate) fn complete(
         &mut self,
         mut done: impl FnMut(Read, Result<vmpager_core::PageData<'_>, SourceError>),
     ) {
-        let Self { reader, in_flight, fills, .. } = self;
+        let Self { reader, in_flight, fills, prefetches, .. } = self;
         reader.complete(&mut |id, result| {
-            if let Some(read) = Self::take(in_flight, fills, id) {
-                done(read, result);
+            let Some(read) = in_flight.remove(&id) else { return };
+            match read.priority {
+                Priority::Fill => *fills -= 1,
+                Priority::Prefetch => *prefetches -= 1,
+                Priority::Demand => {}
             }
+            done(read, result);
         });
     }
 }

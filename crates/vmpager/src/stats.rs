@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
+use vmpager_core::prefetch::ReplayCounts;
 
 /// Why a session ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +48,7 @@ pub(crate) struct Counters {
     pub(crate) pages_demand: u64,
     pub(crate) pages_neighbour: u64,
     pub(crate) pages_fill: u64,
+    pub(crate) pages_profile: u64,
     pub(crate) pages_zero: u64,
     pub(crate) pages_removed: u64,
     pub(crate) pages_poisoned: u64,
@@ -54,6 +56,7 @@ pub(crate) struct Counters {
     pub(crate) pages_moved: u64,
     pub(crate) bytes_read: u64,
     pub(crate) fill_took: Option<Duration>,
+    pub(crate) profile_took: Option<Duration>,
     /// From the moment a fault was read to its page's install, in ns.
     stalls: Histogram<u64>,
 }
@@ -77,6 +80,7 @@ impl Counters {
             pages_demand: 0,
             pages_neighbour: 0,
             pages_fill: 0,
+            pages_profile: 0,
             pages_zero: 0,
             pages_removed: 0,
             pages_poisoned: 0,
@@ -84,6 +88,7 @@ impl Counters {
             pages_moved: 0,
             bytes_read: 0,
             fill_took: None,
+            profile_took: None,
             stalls: stalls.expect("the bounds are in order"),
         }
     }
@@ -155,6 +160,15 @@ pub struct SessionSummary {
     pub pages_neighbour: u64,
     /// Pages installed by the background fill.
     pub pages_fill: u64,
+    /// Pages installed because a profile said so.
+    #[serde(default)]
+    pub pages_profile: u64,
+    /// Faults on pages that the profile lacks.
+    #[serde(default)]
+    pub profile_missed: u64,
+    /// Faults on pages of the profile that came before it brought them.
+    #[serde(default)]
+    pub profile_late: u64,
     /// Zero pages installed.
     pub pages_zero: u64,
     /// Pages given back by the guest.
@@ -180,6 +194,10 @@ pub struct SessionSummary {
     pub stall_max_us: f64,
     /// How long the background fill took, in milliseconds.
     pub fill_ms: Option<f64>,
+    /// How long it took until all pages of the profile had been asked for, in
+    /// milliseconds; absent if it was given up.
+    #[serde(default)]
+    pub profile_ms: Option<f64>,
     /// How long the session lasted, in milliseconds.
     pub duration_ms: f64,
 }
@@ -188,6 +206,7 @@ pub struct SessionSummary {
 #[derive(Debug)]
 pub(crate) struct Tally {
     totals: Counters,
+    profile: ReplayCounts,
     regions: u64,
     memory_bytes: u64,
     pages_missing: u64,
@@ -195,7 +214,13 @@ pub(crate) struct Tally {
 
 impl Tally {
     pub(crate) fn new() -> Self {
-        Self { totals: Counters::new(), regions: 0, memory_bytes: 0, pages_missing: 0 }
+        Self {
+            totals: Counters::new(),
+            profile: ReplayCounts::default(),
+            regions: 0,
+            memory_bytes: 0,
+            pages_missing: 0,
+        }
     }
 
     /// Adds one memory's numbers.
@@ -215,6 +240,7 @@ impl Tally {
         to.pages_demand += from.pages_demand;
         to.pages_neighbour += from.pages_neighbour;
         to.pages_fill += from.pages_fill;
+        to.pages_profile += from.pages_profile;
         to.pages_zero += from.pages_zero;
         to.pages_removed += from.pages_removed;
         to.pages_poisoned += from.pages_poisoned;
@@ -222,7 +248,10 @@ impl Tally {
         to.pages_moved += from.pages_moved;
         to.bytes_read += from.bytes_read;
         to.fill_took = to.fill_took.max(from.fill_took);
+        to.profile_took = to.profile_took.max(from.profile_took);
         to.stalls.add(&from.stalls).expect("all histograms have the same bounds");
+        self.profile.missed += end.profile.missed;
+        self.profile.late += end.profile.late;
         self.regions += end.regions;
         self.memory_bytes += end.memory_bytes;
         self.pages_missing += end.pages_missing;
@@ -255,6 +284,9 @@ impl Tally {
             pages_demand: totals.pages_demand,
             pages_neighbour: totals.pages_neighbour,
             pages_fill: totals.pages_fill,
+            pages_profile: totals.pages_profile,
+            profile_missed: self.profile.missed,
+            profile_late: self.profile.late,
             pages_zero: totals.pages_zero,
             pages_removed: totals.pages_removed,
             pages_poisoned: totals.pages_poisoned,
@@ -266,6 +298,7 @@ impl Tally {
             stall_p99_us: micros(totals.stalls.value_at_quantile(0.99)),
             stall_max_us: micros(totals.stalls.max()),
             fill_ms: totals.fill_took.map(|took| took.as_secs_f64() * 1e3),
+            profile_ms: totals.profile_took.map(|took| took.as_secs_f64() * 1e3),
             duration_ms: totals.started.elapsed().as_secs_f64() * 1e3,
         }
     }
@@ -281,6 +314,7 @@ fn micros(nanos: u64) -> f64 {
 #[derive(Clone, Debug)]
 pub(crate) struct MemoryNumbers {
     pub(crate) counters: Counters,
+    pub(crate) profile: ReplayCounts,
     pub(crate) regions: u64,
     pub(crate) memory_bytes: u64,
     pub(crate) pages_missing: u64,

@@ -391,7 +391,9 @@ impl Worker {
                     }
                 }
                 Ok(Command::Fill(id)) => {
-                    if self.memories.contains_key(&id) && !self.filling.contains(&id) {
+                    let Some(memory) = self.memories.get_mut(&id) else { continue };
+                    memory.want_fill();
+                    if !self.filling.contains(&id) {
                         self.filling.push(id);
                     }
                 }
@@ -453,7 +455,8 @@ impl Worker {
 
     /// Takes a memory out. Its reads in flight end without effect.
     fn forget(&mut self, id: MemoryId) -> Option<Served> {
-        let memory = self.memories.remove(&id)?;
+        let mut memory = self.memories.remove(&id)?;
+        memory.end_recording();
         self.hot.retain(|hot| *hot != id);
         self.filling.retain(|filling| *filling != id);
         self.unwatch(memory.events());

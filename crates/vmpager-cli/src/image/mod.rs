@@ -98,17 +98,17 @@ impl From<CodecArg> for Codec {
 }
 
 /// A path for people.
-fn shown(path: &Path) -> String {
+pub(crate) fn shown(path: &Path) -> String {
     path.display().to_string()
 }
 
 /// `part` of `all`; 0 of nothing.
-fn share(part: u64, all: u64) -> f64 {
+pub(crate) fn share(part: u64, all: u64) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "a share needs no more digits")]
     let share = part as f64 / all.max(1) as f64;
     share
 }
 
-fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
+pub(crate) fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
     crate::output::replace_file(path, text.as_bytes()).with_context(|| shown(path))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use vmpager_store::image::{ImageError, MemoryInput, PackOptions, PackReport};
+use vmpager_store::profile::Profile;
 
 use super::progress::Bar;
 use super::{CodecArg, Parents, Threads, share, shown};
@@ -23,6 +24,10 @@ struct Packing {
     /// to get a single page of.
     #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = size::parse)]
     frame_size: u64,
+    /// Store the pages of this profile first, next to each other, in the order in
+    /// which they are needed.
+    #[arg(long, value_name = "PROFILE")]
+    profile: Option<PathBuf>,
     #[command(flatten)]
     threads: Threads,
     /// Replace the output if it exists.
@@ -34,13 +39,19 @@ struct Packing {
 }
 
 impl Packing {
-    fn options(&self) -> PackOptions {
-        PackOptions::default()
+    /// How to pack this memory.
+    fn options(&self, memory: &MemoryInput) -> anyhow::Result<PackOptions> {
+        let first = match &self.profile {
+            Some(path) => Profile::open_for(path, memory)?.replay_order(),
+            None => Vec::new(),
+        };
+        Ok(PackOptions::default()
+            .first(first)
             .codec(self.codec.into())
             .level(self.level)
             .frame_bytes(self.frame_size)
             .threads(self.threads.count())
-            .replace(self.force)
+            .replace(self.force))
     }
 }
 
@@ -48,7 +59,8 @@ impl Packing {
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     vmpager image pack /snap/mem /snap/mem.vmimg\n  \
-    vmpager image pack --codec lz4 /snap/mem /snap/mem.vmimg\n\n\
+    vmpager image pack --codec lz4 /snap/mem /snap/mem.vmimg\n  \
+    vmpager image pack --profile /snap/mem.vmprof /snap/mem /snap/mem.vmimg\n\n\
     Holes of the file cost nothing. The image is written beside and renamed when it\n\
     is complete.")]
 pub(crate) struct PackArgs {
@@ -140,8 +152,8 @@ struct Packed {
     duplicate_pages: u64,
     stored_pages: u64,
     image_bytes: u64,
-    /// Of the image to the bytes of memory that are not zero.
-    ratio: f64,
+    /// Of the image to the bytes of memory that are not zero, if there are any.
+    ratio: Option<f64>,
     /// Bytes of memory that were read: all but holes.
     read_bytes: u64,
     seconds: f64,
@@ -150,7 +162,7 @@ struct Packed {
 
 pub(super) fn pack(args: &PackArgs) -> anyhow::Result<()> {
     let memory = MemoryInput::raw(&args.memory)?;
-    let options = args.packing.options();
+    let options = args.packing.options(&memory)?;
     make(&args.image, &args.packing, "packing", |bar| {
         options.pack(&memory, &args.image, &mut |progress| bar.step(progress))
     })
@@ -158,7 +170,7 @@ pub(super) fn pack(args: &PackArgs) -> anyhow::Result<()> {
 
 pub(super) fn flatten(args: &FlattenArgs) -> anyhow::Result<()> {
     let memory = MemoryInput::image(args.parents.open(&args.image)?);
-    let options = args.packing.options();
+    let options = args.packing.options(&memory)?;
     make(&args.output, &args.packing, "flattening", |bar| {
         options.pack(&memory, &args.output, &mut |progress| bar.step(progress))
     })
@@ -171,7 +183,7 @@ pub(super) fn diff(args: &DiffArgs) -> anyhow::Result<()> {
     } else {
         MemoryInput::raw(&args.new)?
     };
-    let options = args.packing.options();
+    let options = args.packing.options(&memory)?;
     make(&args.layer, &args.packing, "comparing", |bar| {
         options.diff(&base, &memory, &args.layer, &mut |progress| bar.step(progress))
     })
@@ -196,7 +208,7 @@ fn make(
         duplicate_pages: report.duplicate_pages,
         stored_pages: report.stored_pages,
         image_bytes: report.image_bytes,
-        ratio: share(report.image_bytes, data),
+        ratio: (data > 0).then(|| share(report.image_bytes, data)),
         read_bytes,
         seconds: took.as_secs_f64(),
         mb_per_second: rate(read_bytes, took),
@@ -208,13 +220,14 @@ fn make(
         0 => String::new(),
         pages => format!("  {} as below\n", pages_shown(pages)),
     };
+    let ratio =
+        packed.ratio.map_or_else(String::new, |ratio| format!(", {ratio:.2} of what is not zero"));
     output::line(&format!(
-        "{}: {} of memory in {}, {:.2} of what is not zero\n  {} zero\n{below}  {} duplicate\n  \
+        "{}: {} of memory in {}{ratio}\n  {} zero\n{below}  {} duplicate\n  \
          {} stored\n  contents {}\n  {:.1} s, {:.0} MB/s",
         shown(image),
         size::show(report.memory_bytes),
         size::show(report.image_bytes),
-        packed.ratio,
         pages_shown(report.zero_pages),
         pages_shown(report.duplicate_pages),
         pages_shown(report.stored_pages),

@@ -28,11 +28,24 @@ pub(crate) enum Mode {
     /// Served by `vmpager serve --background-fill`.
     #[value(name = "on-demand+fill")]
     OnDemandFill,
+    /// Served by `vmpager serve --profile`, which knows what will be touched.
+    #[value(name = "on-demand+profile")]
+    OnDemandProfile,
+    /// The same, with the profile of a guest that touched other pages.
+    #[value(name = "on-demand+wrong")]
+    OnDemandWrong,
     /// Served by `vmpager serve --image`, from a packed image.
     Packed,
     /// Served by `vmpager serve --image --background-fill`.
     #[value(name = "packed+fill")]
     PackedFill,
+    /// Served by `vmpager serve --image --profile`, from an image packed with that
+    /// profile.
+    #[value(name = "packed+profile")]
+    PackedProfile,
+    /// Served by `vmpager serve --image`, from a layer over another image, with an
+    /// eighth of the pages.
+    Layered,
     /// By a pager in the VM's process, with background fill.
     #[value(name = "in-process+fill")]
     InProcessFill,
@@ -52,20 +65,48 @@ impl Mode {
             Self::Mmap => "mmap",
             Self::OnDemand => "on-demand",
             Self::OnDemandFill => "on-demand+fill",
+            Self::OnDemandProfile => "on-demand+profile",
+            Self::OnDemandWrong => "on-demand+wrong",
             Self::Packed => "packed",
             Self::PackedFill => "packed+fill",
+            Self::PackedProfile => "packed+profile",
+            Self::Layered => "layered",
             Self::InProcessFill => "in-process+fill",
             Self::InProcessHuge => "in-process+huge",
             Self::Naive => "naive",
         }
     }
 
-    /// The file that memory comes from: the snapshot's, or the image of it.
-    pub(crate) fn memory_file(self, snapshot: &SnapshotPaths) -> PathBuf {
-        match self {
-            Self::Packed | Self::PackedFill => snapshot.memory.with_extension("vmimg"),
-            _ => snapshot.memory.clone(),
-        }
+    /// The image that memory comes from, if it is not the snapshot's file.
+    pub(crate) fn image(self, snapshot: &SnapshotPaths) -> Option<PathBuf> {
+        let name = match self {
+            Self::Packed | Self::PackedFill => "vmimg",
+            Self::PackedProfile => "hot.vmimg",
+            Self::Layered => "layer.vmimg",
+            _ => return None,
+        };
+        Some(snapshot.memory.with_extension(name))
+    }
+
+    /// The image below that one.
+    pub(crate) fn base(self, snapshot: &SnapshotPaths) -> Option<PathBuf> {
+        (self == Self::Layered).then(|| snapshot.memory.with_extension("base.vmimg"))
+    }
+
+    /// The profile that is replayed.
+    pub(crate) fn profile(self, snapshot: &SnapshotPaths) -> Option<PathBuf> {
+        let name = match self {
+            Self::OnDemandProfile | Self::PackedProfile => "vmprof",
+            Self::OnDemandWrong => "wrong.vmprof",
+            _ => return None,
+        };
+        Some(snapshot.memory.with_extension(name))
+    }
+
+    /// The files whose bytes become memory.
+    pub(crate) fn files(self, snapshot: &SnapshotPaths) -> Vec<PathBuf> {
+        let first = self.image(snapshot).unwrap_or_else(|| snapshot.memory.clone());
+        std::iter::once(first).chain(self.base(snapshot)).collect()
     }
 
     fn fills(self) -> bool {
@@ -109,19 +150,46 @@ pub(crate) fn restore(
 ) -> anyhow::Result<Restored> {
     let socket = scratch.join(format!("{}.sock", mode.name()));
     let pager = start_pager(mode, snapshot, &socket)?;
+    let vm = run_vm(mode, snapshot, &socket, work)?;
+    outcome(mode, snapshot, vm, pager)
+}
+
+/// Restores once, and records which pages are touched.
+pub(crate) fn record(
+    snapshot: &SnapshotPaths,
+    scratch: &Path,
+    work: &Work,
+    to: &Path,
+) -> anyhow::Result<()> {
+    let socket = scratch.join("record.sock");
+    let mut args: Vec<PathBuf> = vec!["profile".into(), "record".into()];
+    args.extend(["--socket".into(), socket.clone()]);
+    args.extend(["--memory".into(), snapshot.memory.clone()]);
+    args.extend(["--output".into(), to.into()]);
+    let mut pager = vmpager(&args)?;
+    pager.wait_for(&socket)?;
+    run_vm(Mode::OnDemand, snapshot, &socket, work)?;
+    pager.output().context("recording a profile")?;
+    Ok(())
+}
+
+fn run_vm(
+    mode: Mode,
+    snapshot: &SnapshotPaths,
+    socket: &Path,
+    work: &Work,
+) -> anyhow::Result<VmOutcome> {
     let by = match mode {
         Mode::Eager => "eager",
         Mode::Mmap => "mmap",
         Mode::InProcessFill => "in-process",
         Mode::InProcessHuge => "in-process-huge",
-        Mode::OnDemand | Mode::OnDemandFill | Mode::Packed | Mode::PackedFill | Mode::Naive => {
-            "pager"
-        }
+        _ => "pager",
     };
     let mut args: Vec<PathBuf> = vec!["vm-process".into(), "--restore".into(), by.into()];
     args.extend(["--state".into(), snapshot.state.clone()]);
     args.extend(["--memory".into(), snapshot.memory.clone()]);
-    args.extend(["--socket".into(), socket]);
+    args.extend(["--socket".into(), socket.into()]);
     args.extend(["--seed".into(), work.seed.to_string().into()]);
     args.extend(work.touches.iter().flat_map(|n| ["--touches".into(), n.to_string().into()]));
     args.extend(work.run_ms.iter().flat_map(|n| ["--run-ms".into(), n.to_string().into()]));
@@ -130,8 +198,7 @@ pub(crate) fn restore(
     args.extend(work.threads.then(|| "--cpu=threads".into()));
     args.push(format!("--started-ns={}", monotonic_ns()).into());
     let vm = vmpager(&args)?.output().context("the VM's process")?;
-    let vm: VmOutcome = serde_json::from_str(&vm).context("what the VM's process printed")?;
-    outcome(mode, snapshot, vm, pager)
+    serde_json::from_str(&vm).context("what the VM's process printed")
 }
 
 fn start_pager(
@@ -146,8 +213,11 @@ fn start_pager(
     };
     args.extend(mode.fills().then(|| "--background-fill".into()));
     args.extend(["--socket".into(), socket.into()]);
-    let from = if matches!(mode, Mode::Packed | Mode::PackedFill) { "--image" } else { "--memory" };
-    args.extend([from.into(), mode.memory_file(snapshot)]);
+    match mode.image(snapshot) {
+        Some(image) => args.extend(["--image".into(), image]),
+        None => args.extend(["--memory".into(), snapshot.memory.clone()]),
+    }
+    args.extend(mode.profile(snapshot).into_iter().flat_map(|path| ["--profile".into(), path]));
     let mut pager = vmpager(&args)?;
     pager.wait_for(socket)?;
     Ok(Some(pager))

@@ -75,6 +75,10 @@ impl PageReader for FaultyReader {
         self.inner.at_hand_bytes()
     }
 
+    fn will_need(&mut self, ranges: &[ByteRange]) {
+        self.inner.will_need(ranges);
+    }
+
     fn submit(&mut self, request: ReadRequest) {
         self.source.count(request.range);
         let due = self.source.due(request.range);

@@ -53,6 +53,11 @@ impl FrameCache {
         Some(Arc::clone(&entry.bytes))
     }
 
+    /// Whether it is there, without asking for it.
+    pub(crate) fn has(&self, frame: u32) -> bool {
+        self.shard(frame).frames.contains_key(&frame)
+    }
+
     /// Keeps a frame. Returns a buffer that is free again, if there is one.
     pub(crate) fn put(&self, frame: u32, bytes: &Decoded) -> Option<Vec<u8>> {
         let mut shard = self.shard(frame);

@@ -7,6 +7,7 @@ use vmpager_core::{ByteRange, SourceError};
 
 use super::PAGE_BYTES;
 use crate::PAGE;
+use crate::readahead;
 
 use super::cache::{Decoded, FrameCache};
 use super::codec::Decoder;
@@ -124,6 +125,27 @@ impl Contents {
         }
         debug_assert_eq!(at, to.len(), "the index covers all pages");
         Ok(true)
+    }
+
+    /// Has the frames of these pages fetched into the page cache.
+    pub(crate) fn will_need(&self, runs: impl Iterator<Item = Range<u32>>) {
+        let mut frames: Vec<Vec<ByteRange>> = vec![Vec::new(); self.layers.len()];
+        for span in runs.flat_map(|pages| self.index.spans_of(pages)) {
+            let Kind::Stored(first) = span.kind else { continue };
+            let mut done = 0;
+            while done < span.count {
+                let part = self.part(first + done, span.count - done);
+                let number = self.layers[part.layer].first_frame + part.frame;
+                let record = self.layers[part.layer].layer.frames[part.frame as usize];
+                if !self.cache.has(number) {
+                    frames[part.layer].push(ByteRange::new(record.offset, record.len.into()));
+                }
+                done += part.pages;
+            }
+        }
+        for (placed, frames) in self.layers.iter().zip(frames) {
+            readahead::fetch(placed.layer.file(), frames.into_iter());
+        }
     }
 
     /// The layer that has a stored page.

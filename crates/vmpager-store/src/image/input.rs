@@ -10,13 +10,14 @@ use std::sync::Arc;
 use vmpager_core::ByteRange;
 
 use crate::PAGE;
+use crate::profile::MemoryIdentity;
 use crate::raw_file::{Holes, Identity, open_raw};
 
 use super::contents::{Tools, Wait};
 use super::error::ImageError;
 use super::index::Kind;
 use super::layout::MAX_STORED;
-use super::{Image, page_range};
+use super::{ContentId, Image, page_range};
 
 /// Memory that can be packed, or be made a layer of.
 #[derive(Debug)]
@@ -64,6 +65,36 @@ impl MemoryInput {
             Input::Raw { identity, .. } => identity.len,
             Input::Image(image) => image.memory_bytes(),
         }
+    }
+
+    /// What an image calls its contents; nothing of a raw file.
+    pub(crate) fn content(&self) -> Option<ContentId> {
+        match &self.0 {
+            Input::Raw { .. } => None,
+            Input::Image(image) => Some(image.content()),
+        }
+    }
+
+    /// What it is told apart by. Reads 64 pages.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be read.
+    pub fn identity(&self) -> Result<MemoryIdentity, ImageError> {
+        if let Input::Raw { file, .. } = &self.0 {
+            // Read ahead of each page would read much of a cold file. It is only
+            // advice.
+            let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Random);
+        }
+        let content = self.content();
+        let mut tools = Tools::new();
+        let identity = MemoryIdentity::sample(self.memory_bytes(), content, |page, to| {
+            self.read(page..page + 1, &mut tools, to)
+        });
+        if let Input::Raw { file, .. } = &self.0 {
+            let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Normal);
+        }
+        identity
     }
 
     /// The pages that are not known to be zeroes, in ascending order.

@@ -1,6 +1,8 @@
 //! The bytes of an image file, as `docs/format.md` describes them: fixed
 //! records, little-endian, each encoded and parsed here and nowhere else.
 
+use crate::bytes::{field, record, u16_at, u32_at, u64_at};
+
 use super::codec::Codec;
 
 /// The first bytes of every image. Not text, so that a file that went through
@@ -40,40 +42,6 @@ pub(crate) const PARENT_OF: [u8; 4] = *b"PRNT";
 
 /// Flag of a section without which the image cannot be read right.
 pub(crate) const REQUIRED: u32 = 1;
-
-/// The integer at a place of a record. The caller has checked the record's
-/// length; beyond it everything is zero.
-fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut field = [0; N];
-    if let Some(part) = bytes.get(at..at + N) {
-        field.copy_from_slice(part);
-    }
-    field
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes(field(bytes, at))
-}
-
-pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(field(bytes, at))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(field(bytes, at))
-}
-
-/// A record of `N` bytes made of fields that follow each other.
-fn record<const N: usize>(fields: &[&[u8]]) -> [u8; N] {
-    let mut bytes = [0; N];
-    let mut at = 0;
-    for field in fields {
-        bytes[at..at + field.len()].copy_from_slice(field);
-        at += field.len();
-    }
-    debug_assert_eq!(at, N, "the fields fill the record");
-    bytes
-}
 
 /// What the first bytes of a file say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

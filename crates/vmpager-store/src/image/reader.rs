@@ -31,6 +31,8 @@ const DECODE_AT_ONCE: usize = 512 << 10;
 const DEPTH: usize = 8;
 /// Of which the fill may have so many.
 const FILL_DEPTH: usize = 4;
+/// And prefetch and fill together, so that a demand finds room.
+const PREFETCH_DEPTH: usize = 6;
 /// Bytes of buffers to keep for the next reads.
 const IDLE_BYTES: usize = 2 << 20;
 
@@ -102,8 +104,11 @@ struct ImageReader {
 impl ImageReader {
     fn start_next(&mut self) {
         while let Some((priority, _)) = self.waiting.peek() {
-            let full = self.running.len() >= DEPTH
-                || priority == Priority::Fill && self.fills >= FILL_DEPTH;
+            let full = match priority {
+                Priority::Demand => self.running.len() >= DEPTH,
+                Priority::Prefetch => self.running.len() >= PREFETCH_DEPTH,
+                Priority::Fill => self.running.len() >= PREFETCH_DEPTH || self.fills >= FILL_DEPTH,
+            };
             let Some((id, priority, range)) = (!full).then(|| self.waiting.pop()).flatten() else {
                 return;
             };
@@ -137,6 +142,10 @@ impl PageReader for ImageReader {
 
     fn at_hand_bytes(&self) -> u64 {
         AT_ONCE
+    }
+
+    fn will_need(&mut self, ranges: &[ByteRange]) {
+        self.contents.will_need(ranges.iter().map(|range| page_range(*range)));
     }
 
     fn submit(&mut self, request: ReadRequest) {

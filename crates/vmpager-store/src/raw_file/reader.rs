@@ -15,6 +15,7 @@ use vmpager_sys::file_map::FileMap;
 
 use crate::PAGE;
 use crate::background::{Background, Outcome};
+use crate::readahead;
 
 use super::identity::Identity;
 use super::open::Storage;
@@ -144,6 +145,10 @@ impl PageReader for RawReader {
             Way::Copy => self.copy(range, |file, buf, offset| file.file.read_at(buf, offset)),
             Way::Submit => Ok(None),
         }
+    }
+
+    fn will_need(&mut self, ranges: &[ByteRange]) {
+        readahead::fetch(&self.file.file, ranges.iter().copied());
     }
 
     fn submit(&mut self, request: ReadRequest) {

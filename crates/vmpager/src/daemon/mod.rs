@@ -506,6 +506,8 @@ fn log_summary(summary: &SessionSummary) {
         pages_demand = summary.pages_demand,
         pages_neighbour = summary.pages_neighbour,
         pages_fill = summary.pages_fill,
+        pages_profile = summary.pages_profile,
+        profile_missed = summary.profile_missed,
         pages_removed = summary.pages_removed,
         bytes_read = summary.bytes_read,
         stall_p50_us = summary.stall_p50_us,

@@ -23,7 +23,7 @@ const COLD_PIECE: u64 = 128;
 
 /// A piece of the fill that has taken longer ends: who faults meanwhile waits
 /// for it, and how long a page takes is up to the machine.
-const LONG: Duration = Duration::from_micros(700);
+pub(super) const LONG: Duration = Duration::from_micros(700);
 
 /// How many base pages the fill installs between two looks at the clock: some
 /// 100 to 250 us' worth. A page takes 1 us, but ten and more on a virtualised
@@ -51,7 +51,7 @@ impl Chunk {
     }
 
     /// In pages of a slot, the size of whose pages is `1 << shift` bytes.
-    fn pages_of(&self, shift: u32) -> u64 {
+    pub(super) fn pages_of(&self, shift: u32) -> u64 {
         (self.pages >> (shift - PageSize::Size4K.shift())).max(1)
     }
 }
@@ -65,6 +65,8 @@ pub(crate) enum Filled {
     Wait,
     /// Every page is in place.
     All,
+    /// A profile was replayed, and more is not asked for.
+    Enough,
 }
 
 impl Served {
@@ -100,7 +102,12 @@ impl Served {
                 left_over.push(Leftover { rest, stop, waiter });
             }
         }
-        self.count_installed(read.run, read.waiter, installed);
+        if read.waiter.is_none() && read.priority == Priority::Prefetch {
+            self.counters.bytes_read += read.range.len;
+            self.counters.pages_profile += installed;
+        } else {
+            self.count_installed(read.run, read.waiter, installed);
+        }
         if parts != [read.run] {
             // Some pages were given back meanwhile; whoever waits for them
             // asks again, and is told zero.
@@ -179,8 +186,15 @@ impl Served {
         }
     }
 
-    /// One piece of the background fill.
+    /// One piece of the replay of a profile, or of the background fill.
     pub(crate) fn fill(&mut self, reads: &mut Reads) -> Result<Filled, Lost> {
+        if self.is_replaying() {
+            let some = self.replay(reads)?;
+            return Ok(if some { Filled::Some } else { Filled::Wait });
+        }
+        if !self.fill {
+            return Ok(if self.has_profile() { Filled::Wait } else { Filled::Enough });
+        }
         if !self.may_fill(reads) {
             return Ok(Filled::Wait);
         }
@@ -287,13 +301,13 @@ impl Served {
     }
 
     /// Gives memory to pages of a hole.
-    fn fill_zeroes(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
+    pub(super) fn fill_zeroes(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
         let end = self.put(run, Put::Zeroes)?;
         self.counters.pages_zero += end.pages;
         self.put_off_rest(end, reads)
     }
 
-    fn put_off_rest(&mut self, end: PutEnd, reads: &mut Reads) -> Result<(), Lost> {
+    pub(super) fn put_off_rest(&mut self, end: PutEnd, reads: &mut Reads) -> Result<(), Lost> {
         match end.rest {
             Some((rest, stop)) => self.put_off(Leftover { rest, stop, waiter: None }, reads),
             None => Ok(()),

@@ -20,6 +20,7 @@ mod huge;
 mod install;
 mod origin;
 mod outside;
+mod replay;
 
 use std::collections::VecDeque;
 use std::io;
@@ -34,6 +35,7 @@ use vmpager_core::{
     ByteRange, Engine, FaultPlan, Hva, PageData, PageMap, PageReader, PageRun, PageSource,
     Priority, SlotSet, SourceError,
 };
+use vmpager_store::profile::{Profile, Recorder};
 use vmpager_sys::memory::GuestRange;
 use vmpager_sys::shared::SharedWords;
 use vmpager_sys::uffd::{Features, Message, Messages, Userfaultfd};
@@ -57,6 +59,22 @@ pub struct ServeOptions {
     pub huge_pages: bool,
     /// What to install along with a demanded page.
     pub neighbours: NeighbourPolicy,
+    /// Ranges of the source to bring in before others, in this order: what a
+    /// profile says the guest will touch.
+    pub replay: Option<Arc<[ByteRange]>>,
+    /// Where to leave which pages were touched: those that somebody waited for.
+    pub record: Option<Arc<Recorder>>,
+}
+
+impl ServeOptions {
+    /// What to replay of a profile of the source.
+    pub fn order_of(profile: &Profile) -> Arc<[ByteRange]> {
+        let bytes = |run: std::ops::Range<u32>| {
+            let (start, end) = (u64::from(run.start) * 4096, u64::from(run.end) * 4096);
+            ByteRange::new(start, end - start)
+        };
+        profile.replay_order().into_iter().map(bytes).collect()
+    }
 }
 
 /// Why a memory is served no longer.
@@ -99,6 +117,8 @@ pub(crate) struct Served {
     retry: Retry,
     counters: Counters,
     fill: bool,
+    ahead: replay::Ahead,
+    recording: Option<replay::Recording>,
     /// How much the fill installs at a time.
     chunk: background::Chunk,
     /// Userfaultfds of forked children.
@@ -145,6 +165,9 @@ impl Served {
     ) -> Self {
         let mut engine = Engine::new(slots, words, options.neighbours);
         source.visit_zero_ranges(&mut |range| engine.known_zero(range));
+        if let Some(order) = &options.replay {
+            engine.replay(order);
+        }
         Self {
             id,
             uffd: Arc::new(uffd),
@@ -154,6 +177,8 @@ impl Served {
             retry: Retry::default(),
             counters: Counters::new(),
             fill: options.background_fill,
+            ahead: replay::Ahead::new(),
+            recording: options.record.as_ref().map(replay::Recording::new),
             chunk: background::Chunk::new(),
             children: Vec::new(),
             kept: Vec::new(),
@@ -208,9 +233,14 @@ impl Served {
         self.retry.at
     }
 
-    /// Whether all of it shall be brought in from the start.
+    /// Whether there is something to be brought in from the start.
     pub(crate) fn wants_fill(&self) -> bool {
-        self.fill
+        self.fill || self.has_profile()
+    }
+
+    /// All of it shall be brought in from now on.
+    pub(crate) fn want_fill(&mut self) {
+        self.fill = true;
     }
 
     pub(crate) fn numbers(&self) -> MemoryNumbers {
@@ -220,6 +250,7 @@ impl Served {
         }
         MemoryNumbers {
             counters,
+            profile: self.engine.replay_counts(),
             regions: self.engine.slots().iter().count() as u64,
             memory_bytes: self.engine.slots().bytes(),
             pages_missing: self.engine.outstanding(),
@@ -389,6 +420,9 @@ impl Served {
         since: Instant,
         reads: &mut Reads,
     ) -> Result<(), Lost> {
+        if self.recording.is_some() {
+            self.record(plan, since);
+        }
         match plan {
             FaultPlan::Fetch { page, run } => self.fetch(run, Waiter { page, since }, reads),
             FaultPlan::Zero(run) => {

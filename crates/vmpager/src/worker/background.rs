@@ -76,6 +76,10 @@ impl Worker {
                     self.end_filled(id);
                     return true;
                 }
+                Ok(Filled::Enough) => {
+                    self.filling.retain(|filling| *filling != id);
+                    return true;
+                }
                 Err(lost) => {
                     self.lose(id, lost);
                     return true;

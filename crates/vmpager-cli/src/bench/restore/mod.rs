@@ -19,9 +19,11 @@ use crate::vm_process::GuestCpu;
 #[command(after_help = "Example:\n  \
     vmpager bench restore --touches 24576 --cache warm --rounds 5 --json\n  \
     vmpager bench restore --memory 256M,1G,4G,16G --filled 64M --modes mmap,on-demand\n  \
-    vmpager bench restore --state vm.state --memory-file vm.mem\n\n\
+    vmpager bench restore --state vm.state --memory-file vm.mem\n  \
+    vmpager bench restore --memory 1G --modes mmap,packed,packed+profile --cache cold\n\n\
     Rounds are interleaved; each number is the median of its rounds. Ratios are of the\n\
-    time from the start of the VM's process to the end of its work: below 1 is faster.")]
+    time from the start of the VM's process to the end of its work: below 1 is faster.\n\
+    Profiles are recorded beforehand, of a guest that does the same work.")]
 pub(crate) struct RestoreArgs {
     /// Guest memory; several sizes are measured one after the other.
     #[arg(long, value_name = "SIZE", default_value = "100M", value_delimiter = ',', value_parser = size::parse)]
@@ -34,8 +36,9 @@ pub(crate) struct RestoreArgs {
     /// memory becomes the contents of the built-in guest's.
     #[arg(long, value_name = "FILE", requires = "memory_file", conflicts_with_all = ["memory", "filled"])]
     state: Option<PathBuf>,
-    /// The memory of that snapshot.
-    #[arg(long, value_name = "FILE", requires = "state")]
+    /// The memory of that snapshot; without --state, the contents of the built-in
+    /// guest's memory.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "filled"])]
     memory_file: Option<PathBuf>,
     /// How long a restored Linux guest runs.
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 500)]
@@ -72,17 +75,26 @@ pub(crate) struct RestoreArgs {
     json: bool,
 }
 
-const MODES: [Mode; 9] = [
+const MODES: [Mode; 13] = [
     Mode::Naive,
     Mode::Mmap,
     Mode::OnDemand,
     Mode::OnDemandFill,
+    Mode::OnDemandProfile,
+    Mode::OnDemandWrong,
     Mode::Packed,
     Mode::PackedFill,
+    Mode::PackedProfile,
+    Mode::Layered,
     Mode::InProcessFill,
     Mode::InProcessHuge,
     Mode::Eager,
 ];
+
+/// The same in all rounds: the work whose working set is known.
+const SEED: u64 = 1;
+/// That of another guest, whose working set is another.
+const OTHER_SEED: u64 = 1000;
 
 pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<()> {
     let mut report = Report::new(args.rounds);
@@ -90,6 +102,7 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<()> {
         (Some(state), Some(memory)) => {
             measure(args, &Subject::given(args, state, memory)?, &mut report)?;
         }
+        (None, Some(memory)) => measure(args, &Subject::with_contents(args, memory)?, &mut report)?,
         _ => {
             for memory_bytes in &args.memory {
                 measure(args, &Subject::make(args, *memory_bytes)?, &mut report)?;
@@ -103,23 +116,16 @@ fn measure(args: &RestoreArgs, subject: &Subject, report: &mut Report) -> anyhow
     warm_up_memory(subject.contents_bytes)?;
     report.add(subject);
     let modes = args.modes.clone().unwrap_or_else(|| MODES.to_vec());
-    if modes.iter().any(|mode| matches!(mode, Mode::Packed | Mode::PackedFill)) {
-        subject.pack(args)?;
-    }
+    subject.prepare(args, &modes, &|seed| work(args, subject, seed))?;
     let caches = args.cache.map_or_else(|| vec![Cache::Warm, Cache::Cold], |cache| vec![cache]);
     for cache in caches {
         let mut runs: Vec<Vec<Restored>> = vec![Vec::new(); modes.len()];
-        for round in 0..args.rounds {
+        for _ in 0..args.rounds {
             for (mode, runs) in modes.iter().zip(&mut runs) {
-                prepare_cache(&mode.memory_file(&subject.paths), cache)?;
-                let work = Work {
-                    touches: Some(subject.touches),
-                    sequential: args.sequential,
-                    seed: u64::from(round) + 1,
-                    verify: false,
-                    threads: subject.vm == "threads",
-                    run_ms: Some(args.run_ms),
-                };
+                for file in mode.files(&subject.paths) {
+                    prepare_cache(&file, cache)?;
+                }
+                let work = work(args, subject, SEED);
                 let restored = restore(*mode, &subject.paths, subject.scratch.path(), &work)?;
                 if restored.vm.mismatches > 0 {
                     bail!("{}: {} pages were wrong", mode.name(), restored.vm.mismatches);
@@ -130,4 +136,15 @@ fn measure(args: &RestoreArgs, subject: &Subject, report: &mut Report) -> anyhow
         report.rows.extend(Row::of(&modes, cache, subject, &runs));
     }
     Ok(())
+}
+
+fn work(args: &RestoreArgs, subject: &Subject, seed: u64) -> Work {
+    Work {
+        touches: Some(subject.touches),
+        sequential: args.sequential,
+        seed,
+        verify: false,
+        threads: subject.vm == "threads",
+        run_ms: Some(args.run_ms),
+    }
 }

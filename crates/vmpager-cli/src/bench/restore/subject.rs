@@ -1,15 +1,19 @@
 //! What is restored: a snapshot made for the purpose, or one that is given.
 
+use std::fs::File;
 use std::ops::ControlFlow;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use vmpager_store::image::{MemoryInput, PackOptions};
+use vmpager::core::PageSource;
+use vmpager_store::RawFile;
+use vmpager_store::image::{Image, MemoryInput, PackOptions};
+use vmpager_store::profile::Profile;
 use vmpager_vm::{Filling, Snapshot, SnapshotPaths, Vm, VmConfig};
 
-use super::RestoreArgs;
-use crate::restore::Mode;
+use super::{OTHER_SEED, RestoreArgs, SEED};
+use crate::restore::{Mode, Work, record};
 use crate::scratch::Scratch;
 use crate::size;
 use crate::vm_process::cpu_name;
@@ -67,6 +71,15 @@ impl Subject {
         Ok(Self { paths, scratch, guest, vm, memory_bytes, contents_bytes, touches: 0 })
     }
 
+    /// The snapshot of a built-in guest, with these contents of its memory.
+    pub(super) fn with_contents(args: &RestoreArgs, memory: &Path) -> anyhow::Result<Self> {
+        let len = std::fs::metadata(memory)
+            .with_context(|| format!("the memory file {}", memory.display()))?
+            .len();
+        let filling = Filling::File(memory.to_owned());
+        Self::built_in(args, with_room(len), filling, "built-in, with the given memory")
+    }
+
     fn built_in(
         args: &RestoreArgs,
         memory_bytes: u64,
@@ -89,17 +102,73 @@ impl Subject {
 }
 
 impl Subject {
-    /// Makes the image of the memory that the packed ways restore from.
-    pub(super) fn pack(&self, args: &RestoreArgs) -> anyhow::Result<()> {
-        let options = PackOptions::default()
-            .codec(args.codec.into())
-            .frame_bytes(args.frame_size)
-            .replace(true);
-        let image = Mode::Packed.memory_file(&self.paths);
-        let memory = MemoryInput::raw(&self.paths.memory)?;
-        options.pack(&memory, &image, &mut |_| ControlFlow::Continue(()))?;
+    /// Makes the profiles and images that these ways to restore need.
+    pub(super) fn prepare(
+        &self,
+        args: &RestoreArgs,
+        modes: &[Mode],
+        work: &dyn Fn(u64) -> Work,
+    ) -> anyhow::Result<()> {
+        for mode in modes {
+            if let Some(profile) = mode.profile(&self.paths)
+                && !profile.exists()
+            {
+                let seed = if *mode == Mode::OnDemandWrong { OTHER_SEED } else { SEED };
+                record(&self.paths, self.scratch.path(), &work(seed), &profile)?;
+            }
+            if let Some(image) = mode.image(&self.paths)
+                && !image.exists()
+            {
+                self.pack(args, *mode, &image)?;
+            }
+        }
         Ok(())
     }
+
+    fn pack(&self, args: &RestoreArgs, mode: Mode, image: &Path) -> anyhow::Result<()> {
+        let memory = MemoryInput::raw(&self.paths.memory)?;
+        let mut options =
+            PackOptions::default().codec(args.codec.into()).frame_bytes(args.frame_size);
+        if let Some(profile) = mode.profile(&self.paths) {
+            options = options.first(Profile::open_for(profile, &memory)?.replay_order());
+        }
+        let progress = &mut |_| ControlFlow::Continue(());
+        match mode.base(&self.paths) {
+            None => options.pack(&memory, image, progress)?,
+            Some(base) => {
+                let before = self.scratch.path().join("before.raw");
+                change_some(&self.paths.memory, &before)?;
+                options.pack(&MemoryInput::raw(&before)?, &base, progress)?;
+                std::fs::remove_file(&before)?;
+                options.diff(&*Image::open(&base)?, &memory, image, progress)?
+            }
+        };
+        Ok(())
+    }
+}
+
+/// Copies memory, with another byte in each eighth page that has contents.
+fn change_some(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let at = || format!("making {}", to.display());
+    std::fs::copy(from, to).with_context(at)?;
+    let file = File::options().read(true).write(true).open(to).with_context(at)?;
+    let (mut byte, mut changed) = ([0], 0);
+    let source = RawFile::open(from)?;
+    let mut data = Vec::new();
+    let mut start = 0;
+    source.visit_zero_ranges(&mut |hole| {
+        data.push(start..hole.start);
+        start = hole.end();
+    });
+    data.push(start..source.len());
+    for page in data.into_iter().flat_map(|range| range.step_by(4096)) {
+        changed += 1;
+        if changed % 8 == 0 {
+            file.read_exact_at(&mut byte, page + 100).with_context(at)?;
+            file.write_all_at(&[byte[0] ^ 1], page + 100).with_context(at)?;
+        }
+    }
+    Ok(())
 }
 
 /// Memory for as much contents and the built-in guest's own structures, which

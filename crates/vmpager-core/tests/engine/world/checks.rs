@@ -15,7 +15,8 @@ impl World {
         }
         let shift = &mut self.windows[at(page / 512)];
         let size = 1 << *shift;
-        *shift = (*shift + 1).min(9);
+        // From 64 pages on, the next is all of the region.
+        *shift = if *shift < 6 { *shift + 1 } else { 9 };
         let first = (page / size * size).max(p.slot.first);
         let end = ((page / size + 1) * size).min(p.slot.end());
         PageRun::new(first, end - first)

@@ -1,11 +1,4 @@
-//! How much to bring in beside what was asked for.
-//!
-//! A page costs a fraction of a fault: most of a fault is the way to the pager
-//! and back. [`Neighbours`] therefore widens the install around a fault, but
-//! only where the guest has shown interest, so that a VM that touches little
-//! stays small: up to seven faults in 2 MiB, `n` of them bring in fewer than 2^n
-//! pages there, and none elsewhere; the eighth brings in the rest. [`FillPace`] sizes the pieces of the background fill so that
-//! a demand fault never waits long behind one.
+//! Windows around pages that somebody waited for.
 
 use crate::addr::PageRun;
 
@@ -78,55 +71,5 @@ impl Neighbours {
         let first = (page & !(size - 1)).max(bounds.first);
         let end = ((page | (size - 1)) + 1).min(bounds.end());
         PageRun::new(first, end - first)
-    }
-}
-
-/// Sizes the pieces of the background fill: up to 4 MiB while nobody faults,
-/// smaller from the moment somebody does (I6).
-///
-/// How much smaller depends on how far the fill has come. A piece under way
-/// makes a fault wait, which hurts most just after the VM has started; but
-/// each fault that interrupts the fill also costs it a wake-up of the guest,
-/// many times what the page itself costs. So a piece that follows a fault is a
-/// fraction of what has been filled so far: a wait of some 20 us at first, of
-/// as long as the worker's limit once 16 MiB are in place. (How long a page
-/// takes is not known here: whoever fills also looks at the clock.)
-#[derive(Debug)]
-pub struct FillPace {
-    shift: u32,
-    filled: u64,
-}
-
-impl FillPace {
-    /// 64 KiB in base pages.
-    const MIN_SHIFT: u32 = 4;
-    /// 4 MiB in base pages: larger pieces gain nothing.
-    const MAX_SHIFT: u32 = 10;
-    /// log2 of the fraction.
-    const FRACTION_SHIFT: u32 = 3;
-
-    /// Starts small: a VM faults most just after it started.
-    pub fn new() -> Self {
-        Self { shift: Self::MIN_SHIFT, filled: 0 }
-    }
-
-    /// Demand faults were served since the last piece.
-    pub fn demanded(&mut self) {
-        let fraction = (self.filled >> Self::FRACTION_SHIFT).max(1).ilog2();
-        self.shift = fraction.clamp(Self::MIN_SHIFT, Self::MAX_SHIFT);
-    }
-
-    /// The size of the next piece in base pages; grows from call to call.
-    pub fn next_pages(&mut self) -> u64 {
-        let pages = 1 << self.shift;
-        self.shift = (self.shift + 1).min(Self::MAX_SHIFT);
-        self.filled += pages;
-        pages
-    }
-}
-
-impl Default for FillPace {
-    fn default() -> Self {
-        Self::new()
     }
 }

@@ -1,307 +1,30 @@
-//! Makes images.
-//!
-//! ```text
-//! blocks of pages -> threads: read, hash -> in order: each page once -> frames
-//!    file <- in order: frames <- threads: compress, checksum <------------+
-//! ```
-//!
-//! What threads do may end in any order; what decides the bytes of the image is
-//! done in the order of the pages by one thread. The same memory and options make
-//! the same image.
+//! What one thread decides: which page is stored, where, and in which order.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::{ControlFlow, Range};
-use std::path::Path;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender};
 
-use super::PAGE_BYTES;
 use crate::PAGE;
 
-use super::codec::{Codec, Encoder};
-use super::contents::{Tools, Wait};
-use super::error::ImageError;
-use super::identity::{ContentHasher, PageHash};
-use super::index::{IndexBuilder, Kind};
-use super::input::MemoryInput;
-use super::layout::{self, FrameRecord, Header, ImageRecord, MAX_STORED, Section, Trailer};
-use super::output::Output;
-use super::{ContentId, Image, Progress};
+use super::super::error::ImageError;
+use super::super::identity::{ContentHasher, PageHash};
+use super::super::index::{IndexBuilder, Kind};
+use super::super::input::MemoryInput;
+use super::super::layout::{self, FrameRecord, Header, ImageRecord, MAX_STORED, Section, Trailer};
+use super::super::output::Output;
+use super::super::{Image, PAGE_BYTES, Progress};
+use super::worker::{Block, Done, Frame, Job, PageKind};
+use super::{PackOptions, PackReport, blocks_of, pages_of};
 
-/// Pages read and hashed at a time: 1 MiB.
-const BLOCK_PAGES: u32 = 256;
 /// Bytes of frames that wait to be compressed, for each thread.
 const FRAME_BYTES_AHEAD: usize = 1 << 20;
 /// Pages remembered in order to find their duplicates, about 90 MB of memory. Of
 /// larger memories some duplicates are stored twice.
 const REMEMBERED: usize = 3_600_000;
 
-/// How to make an image.
-#[derive(Clone, Debug)]
-pub struct PackOptions {
-    codec: Codec,
-    level: i32,
-    frame_bytes: u64,
-    threads: usize,
-    replace: bool,
-}
-
-impl Default for PackOptions {
-    fn default() -> Self {
-        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self { codec: Codec::Zstd, level: 1, frame_bytes: 64 << 10, threads, replace: false }
-    }
-}
-
-impl PackOptions {
-    /// Chooses the codec: zstd by default.
-    #[must_use]
-    pub fn codec(mut self, codec: Codec) -> Self {
-        self.codec = codec;
-        self
-    }
-
-    /// Chooses the level of zstd, 1 by default; other codecs have none.
-    #[must_use]
-    pub fn level(mut self, level: i32) -> Self {
-        self.level = level;
-        self
-    }
-
-    /// Chooses how many bytes of memory are compressed together, 64 KiB by
-    /// default: a power of two from 4 KiB to 2 MiB.
-    #[must_use]
-    pub fn frame_bytes(mut self, bytes: u64) -> Self {
-        self.frame_bytes = bytes;
-        self
-    }
-
-    /// Chooses how many threads hash and compress: one for each CPU by default.
-    #[must_use]
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = threads.max(1);
-        self
-    }
-
-    /// Lets the image replace a file of its name.
-    #[must_use]
-    pub fn replace(mut self, replace: bool) -> Self {
-        self.replace = replace;
-        self
-    }
-
-    /// Packs memory into a new image. `progress` is told now and then; if it says
-    /// so, nothing is made.
-    ///
-    /// In memory are some 5 MiB for each thread, and what finds duplicates:
-    /// 24 to 48 bytes a distinct page, 90 MB at most.
-    ///
-    /// # Errors
-    ///
-    /// See [`ImageError`]. Whatever it is, no part of an image is left behind.
-    pub fn pack(
-        &self,
-        memory: &MemoryInput,
-        to: &Path,
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<PackReport, ImageError> {
-        self.run(memory, None, to, progress)
-    }
-
-    /// Makes a layer: what `memory` has that `base` has not.
-    ///
-    /// # Errors
-    ///
-    /// As [`pack`](Self::pack), and [`ImageError::Sizes`].
-    pub fn diff(
-        &self,
-        base: &Image,
-        memory: &MemoryInput,
-        to: &Path,
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<PackReport, ImageError> {
-        if base.memory_bytes() != memory.memory_bytes() {
-            return Err(ImageError::Sizes {
-                base_path: base.path().to_owned(),
-                base: base.memory_bytes(),
-                new_path: memory.path().to_owned(),
-                new: memory.memory_bytes(),
-            });
-        }
-        self.run(memory, Some(base), to, progress)
-    }
-
-    fn run(
-        &self,
-        memory: &MemoryInput,
-        base: Option<&Image>,
-        to: &Path,
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<PackReport, ImageError> {
-        self.check()?;
-        let packer = Packer::new(self, memory, base, Output::create(to, self.replace)?)?;
-        let (jobs, inbox) = unbounded();
-        let (outbox, done) = unbounded();
-        std::thread::scope(|scope| {
-            for _ in 0..self.threads {
-                let (inbox, outbox) = (inbox.clone(), outbox.clone());
-                let encoder = Encoder::new(self.codec, self.level)
-                    .map_err(ImageError::io("compress for", to))?;
-                let (tools, below) = (Tools::new(), Vec::new());
-                let worker = Worker { memory, base, encoder, tools, below };
-                scope.spawn(move || worker.run(&inbox, &outbox));
-            }
-            // Dropped with the closure, which ends the threads.
-            packer.run(jobs, &done, progress)
-        })
-    }
-
-    fn check(&self) -> Result<(), ImageError> {
-        let sizes = PAGE..=u64::from(layout::MAX_FRAME_PAGES) * PAGE;
-        if !self.frame_bytes.is_power_of_two() || !sizes.contains(&self.frame_bytes) {
-            return Err(ImageError::Option {
-                option: "frame size",
-                value: self.frame_bytes.to_string(),
-                remedy: "use a power of two from 4K to 2M",
-            });
-        }
-        if self.codec == Codec::Zstd && !zstd::compression_level_range().contains(&self.level) {
-            return Err(ImageError::Option {
-                option: "level",
-                value: self.level.to_string(),
-                remedy: "zstd has levels up to 22; 1 to 3 pack fast",
-            });
-        }
-        Ok(())
-    }
-
-    fn frame_pages(&self) -> u32 {
-        // Checked to be 2 MiB at most.
-        u32::try_from(self.frame_bytes / PAGE).unwrap_or(layout::MAX_FRAME_PAGES)
-    }
-}
-
-/// What came of packing.
-#[derive(Clone, Copy, Debug)]
-pub struct PackReport {
-    /// Bytes of memory.
-    pub memory_bytes: u64,
-    /// Pages that are zeroes.
-    pub zero_pages: u64,
-    /// Pages that are as in the layer below.
-    pub parent_pages: u64,
-    /// Pages that are like another one that is stored.
-    pub duplicate_pages: u64,
-    /// Pages that are stored.
-    pub stored_pages: u64,
-    /// Bytes of the image file.
-    pub image_bytes: u64,
-    /// What the contents are called.
-    pub content: ContentId,
-}
-
-/// What threads are given to do.
-enum Job {
-    Block { number: usize, pages: Range<u32>, bytes: Vec<u8> },
-    Frame { number: usize, raw: Vec<u8>, packed: Vec<u8> },
-}
-
-/// What came of it.
-enum Done {
-    Block {
-        number: usize,
-        block: Block,
-    },
-    Frame {
-        number: usize,
-        frame: Frame,
-    },
-    Failed(ImageError),
-    /// A thread panics; what it had to do will never be done.
-    Panicking,
-}
-
-struct Block {
-    pages: Range<u32>,
-    kinds: Vec<PageKind>,
-    bytes: Vec<u8>,
-}
-
-enum PageKind {
-    Zero,
-    Parent(PageHash),
-    Data(PageHash),
-}
-
-struct Frame {
-    raw: Vec<u8>,
-    packed: Vec<u8>,
-    crc: u32,
-}
-
-struct Worker<'a> {
-    memory: &'a MemoryInput,
-    base: Option<&'a Image>,
-    encoder: Encoder,
-    tools: Tools,
-    below: Vec<u8>,
-}
-
-/// Tells that its thread panics, so that nobody waits for it.
-struct TellPanic<'a>(&'a Sender<Done>);
-
-impl Drop for TellPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let _ = self.0.send(Done::Panicking);
-        }
-    }
-}
-
-impl Worker<'_> {
-    fn run(mut self, inbox: &Receiver<Job>, outbox: &Sender<Done>) {
-        let _guard = TellPanic(outbox);
-        for job in inbox {
-            let done = match job {
-                Job::Block { number, pages, bytes } => match self.block(pages, bytes) {
-                    Ok(block) => Done::Block { number, block },
-                    Err(error) => Done::Failed(error),
-                },
-                Job::Frame { number, raw, mut packed } => {
-                    self.encoder.encode(&raw, &mut packed);
-                    let crc = crc32c::crc32c(&packed);
-                    Done::Frame { number, frame: Frame { raw, packed, crc } }
-                }
-            };
-            if outbox.send(done).is_err() {
-                return;
-            }
-        }
-    }
-
-    /// Reads pages, and tells what each of them is.
-    fn block(&mut self, pages: Range<u32>, mut bytes: Vec<u8>) -> Result<Block, ImageError> {
-        bytes.resize(pages.len() * PAGE_BYTES, 0);
-        self.memory.read(pages.clone(), &mut self.tools, &mut bytes)?;
-        if let Some(base) = self.base {
-            self.below.resize(bytes.len(), 0);
-            base.contents.read(pages.clone(), Wait::May, &mut self.tools, &mut self.below)?;
-        }
-        let below = self.below.as_chunks::<PAGE_BYTES>().0;
-        let kind = |(nth, page): (usize, &[u8; PAGE_BYTES])| {
-            if *page == [0; PAGE_BYTES] {
-                return PageKind::Zero;
-            }
-            let hash = *blake3::hash(page).as_bytes();
-            if below.get(nth) == Some(page) { PageKind::Parent(hash) } else { PageKind::Data(hash) }
-        };
-        let kinds = bytes.as_chunks().0.iter().enumerate().map(kind).collect();
-        Ok(Block { pages, kinds, bytes })
-    }
-}
-
 /// Decides what goes into the image, in the order of the pages.
-struct Packer<'a> {
+pub(super) struct Packer<'a> {
     options: &'a PackOptions,
     memory: &'a MemoryInput,
     base: Option<&'a Image>,
@@ -325,12 +48,14 @@ struct Packer<'a> {
 struct Counts {
     zero: u64,
     parent: u64,
-    duplicate: u64,
+    data: u64,
 }
 
 /// What threads have been given, and what came back before its turn.
 #[derive(Default)]
 struct Flight {
+    /// How many blocks are of pages that come first; they are the first.
+    first_blocks: usize,
     blocks: BTreeMap<usize, Block>,
     blocks_sent: usize,
     blocks_taken: usize,
@@ -342,7 +67,7 @@ struct Flight {
 }
 
 impl<'a> Packer<'a> {
-    fn new(
+    pub(super) fn new(
         options: &'a PackOptions,
         memory: &'a MemoryInput,
         base: Option<&'a Image>,
@@ -368,15 +93,20 @@ impl<'a> Packer<'a> {
         })
     }
 
-    fn run(
+    pub(super) fn run(
         mut self,
         jobs: Sender<Job>,
         done: &Receiver<Done>,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<PackReport, ImageError> {
+        let all = pages_of(self.memory);
+        let within = |run: &Range<u32>| run.start.min(all)..run.end.min(all);
+        let first: Vec<_> = self.options.first.iter().map(within).flat_map(blocks_of).collect();
+        self.flight.first_blocks = first.len();
         let data = self.memory.data();
-        let total_bytes = data.iter().map(|range| range.len() as u64 * PAGE).sum();
-        let mut blocks = data.into_iter().flat_map(blocks_of).peekable();
+        let total_bytes = first.iter().chain(&data).map(|range| range.len() as u64 * PAGE).sum();
+        let blocks = first.into_iter().chain(data.into_iter().flat_map(blocks_of));
+        let mut blocks = blocks.peekable();
         let mut done_bytes = 0;
         while blocks.peek().is_some() || self.flight.blocks_taken < self.flight.blocks_sent {
             while self.may_send()
@@ -393,7 +123,7 @@ impl<'a> Packer<'a> {
                 return Err(ImageError::Interrupted);
             }
         }
-        self.zero_until(pages_of(self.memory));
+        self.zero_until(all);
         self.send_frame(&jobs);
         while self.frames.len() < self.flight.frames_sent {
             self.take(done, &jobs)?;
@@ -426,9 +156,13 @@ impl<'a> Packer<'a> {
         }
         let mut bytes = 0;
         while let Some(block) = self.flight.blocks.remove(&self.flight.blocks_taken) {
-            self.flight.blocks_taken += 1;
             bytes += block.bytes.len() as u64;
-            self.block(&block, jobs)?;
+            if self.flight.blocks_taken < self.flight.first_blocks {
+                self.store_first(&block, jobs)?;
+            } else {
+                self.block(&block, jobs)?;
+            }
+            self.flight.blocks_taken += 1;
             self.flight.spare_blocks.push(block.bytes);
         }
         while let Some(frame) = self.flight.frames.remove(&self.frames.len()) {
@@ -439,6 +173,16 @@ impl<'a> Packer<'a> {
             self.flight.spare_frames.push((frame.raw, frame.packed));
         }
         Ok(bytes)
+    }
+
+    /// Stores pages ahead of their turn.
+    fn store_first(&mut self, block: &Block, jobs: &Sender<Job>) -> Result<(), ImageError> {
+        for (kind, page) in block.kinds.iter().zip(block.bytes.chunks_exact(PAGE_BYTES)) {
+            if let PageKind::Data(hash) = kind {
+                self.store(hash, page, jobs)?;
+            }
+        }
+        Ok(())
     }
 
     fn block(&mut self, block: &Block, jobs: &Sender<Job>) -> Result<(), ImageError> {
@@ -457,6 +201,7 @@ impl<'a> Packer<'a> {
                     self.index.add(1, Kind::Parent);
                 }
                 PageKind::Data(hash) => {
+                    self.counts.data += 1;
                     self.content.page(hash);
                     let stored = self.store(hash, page, jobs)?;
                     self.index.add(1, Kind::Stored(stored));
@@ -476,7 +221,6 @@ impl<'a> Packer<'a> {
         let mut key = [0; 16];
         key.copy_from_slice(&hash[..16]);
         if let Some(known) = self.known.get(&key) {
-            self.counts.duplicate += 1;
             return Ok(*known);
         }
         let number = self.stored;
@@ -559,7 +303,7 @@ impl<'a> Packer<'a> {
             memory_bytes,
             zero_pages: self.counts.zero,
             parent_pages: self.counts.parent,
-            duplicate_pages: self.counts.duplicate,
+            duplicate_pages: self.counts.data.saturating_sub(self.stored.into()),
             stored_pages: self.stored.into(),
             image_bytes: trailer.file_bytes,
             content,
@@ -576,19 +320,4 @@ impl<'a> Packer<'a> {
         directory.push(Section { kind, flags: layout::REQUIRED, offset, len, crc });
         self.append(bytes)
     }
-}
-
-/// The pages of a memory, which were checked to be fewer than 32 bits count.
-fn pages_of(memory: &MemoryInput) -> u32 {
-    u32::try_from(memory.memory_bytes() / PAGE).unwrap_or(u32::MAX)
-}
-
-/// A range of pages in parts of at most [`BLOCK_PAGES`].
-pub(crate) fn blocks_of(pages: Range<u32>) -> impl Iterator<Item = Range<u32>> {
-    let mut at = pages.start;
-    std::iter::from_fn(move || {
-        let start = at;
-        at = pages.end.min((start / BLOCK_PAGES + 1).saturating_mul(BLOCK_PAGES));
-        (start < pages.end).then_some(start..at)
-    })
 }

@@ -1,0 +1,256 @@
+//! `vmpager profile`, `serve --profile` and `pack --profile` as their user meets
+//! them.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use vmpager_vm::{Filling, SnapshotPaths, Vm, VmConfig};
+
+const VMPAGER: &str = env!("CARGO_BIN_EXE_vmpager");
+
+/// A directory with the snapshot of a small built-in guest.
+struct Dir(TempDir);
+
+impl Dir {
+    fn new() -> Self {
+        let dir = Self(TempDir::new().unwrap());
+        let filling = Filling::Generated { seed: 1, bytes: None };
+        let config = VmConfig { memory_bytes: 16 << 20, filling, ..VmConfig::default() };
+        let mut vm = Vm::build(&config).unwrap();
+        vm.prepare().unwrap();
+        vm.snapshot(&dir.snapshot()).unwrap();
+        dir
+    }
+
+    fn snapshot(&self) -> SnapshotPaths {
+        SnapshotPaths::in_dir(self.0.path())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn mem(&self) -> String {
+        self.snapshot().memory.to_string_lossy().into_owned()
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(VMPAGER);
+        command.args(args).current_dir(self.0.path()).stdin(Stdio::null());
+        command.output().unwrap()
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let output = self.run(&[args, &["--json"]].concat());
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn refusal(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        stderr(&output)
+    }
+
+    fn start(&self, args: &[&str]) -> Child {
+        let child = Command::new(VMPAGER)
+            .args(args)
+            .current_dir(self.0.path())
+            .env("VMPAGER_LOG", "warn")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let until = Instant::now() + Duration::from_secs(10);
+        while !self.path("sock").exists() {
+            assert!(Instant::now() < until, "the socket did not appear");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child
+    }
+
+    /// Restores the guest over the socket, which touches pages by that seed.
+    fn guest(&self, touches: &str, seed: &str) {
+        let (state, memory) = (self.snapshot().state, self.mem());
+        let output = self.run(&[
+            "vm-process",
+            "--restore",
+            "pager",
+            "--state",
+            &state.to_string_lossy(),
+            "--memory",
+            &memory,
+            "--socket",
+            "sock",
+            "--cpu",
+            "threads",
+            "--touches",
+            touches,
+            "--seed",
+            seed,
+            "--started-ns",
+            "1",
+        ]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let outcome: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(
+            (&outcome["mismatches"], outcome["pages"].to_string()),
+            (&0.into(), touches.into())
+        );
+    }
+
+    /// One session of `serve`.
+    fn session(&self, more: &[&str], touches: &str, seed: &str) -> Value {
+        let args = [&["serve", "--socket", "sock", "--once", "--json"], more].concat();
+        let pager = self.start(&args);
+        self.guest(touches, seed);
+        let output = pager.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        report["sessions"][0].clone()
+    }
+
+    fn record(&self, output: &str, touches: &str, seed: &str) -> Value {
+        let memory = self.mem();
+        let args = ["profile", "record", "--socket", "sock", "--memory", &memory];
+        let pager = self.start(&[&args[..], &["--output", output, "--json"]].concat());
+        self.guest(touches, seed);
+        let output = pager.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap()
+}
+
+fn can_serve() -> bool {
+    let can = vmpager_sys::probe::host().userfaultfd.kernel_mode();
+    if !can {
+        vmpager_testing::skipped("no userfaultfd for kernel-mode faults");
+    }
+    can
+}
+
+#[test]
+fn a_profile_is_recorded_shown_packed_by_replayed_and_added_to() {
+    if !can_serve() {
+        return;
+    }
+    let dir = Dir::new();
+    let recorded = dir.record("p", "500", "7");
+    let pages = number(&recorded["pages"]);
+    assert!(pages >= 500, "{recorded}");
+    assert_eq!((&recorded["sessions"], &recorded["pages_always"]), (&1.into(), &pages.into()));
+
+    let shown = dir.run(&["profile", "show", "p", "--svg", "p.svg"]);
+    let text = String::from_utf8(shown.stdout).unwrap();
+    assert!(text.contains(&format!("{pages} pages")) && text.contains('█'), "{text}");
+    let svg = fs::read_to_string(dir.path("p.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n") && svg.contains("fill-opacity"));
+
+    let memory = dir.mem();
+    let plain = dir.json(&["image", "pack", &memory, "plain"]);
+    let packed = dir.json(&["image", "pack", &memory, "hot", "--profile", "p"]);
+    assert_eq!(packed["content"], plain["content"]);
+    assert_eq!(packed["stored_pages"], plain["stored_pages"]);
+
+    for from in [["--memory", &memory], ["--image", "hot"]] {
+        let plain = dir.session(&from, "500", "7");
+        let from = [&from[..], &["--profile", "p", "--record", "more"]].concat();
+        let session = dir.session(&from, "500", "7");
+        assert!(number(&session["pages_profile"]) > 0, "{session}");
+        assert!(number(&session["faults"]) < number(&plain["faults"]) / 2, "{session}");
+        assert_eq!(session["profile_missed"], 0, "{session}");
+    }
+    // Other work: what the profile lacks is said, and learnt.
+    let learning = ["--image", "hot", "--profile", "more", "--record", "more"];
+    let waited_for = number(&dir.json(&["profile", "show", "more"])["pages"]);
+    assert!(waited_for < pages / 2, "{waited_for} of {pages} were waited for all the same");
+    dir.json(&["profile", "merge", "p", "more", "--output", "more"]);
+    let session = dir.session(&learning, "300", "8");
+    let missed = number(&session["profile_missed"]);
+    assert!(missed > 0, "{session}");
+    let learnt = dir.json(&["profile", "show", "more"]);
+    assert!(number(&learnt["pages"]) > pages, "{learnt}");
+    assert_eq!(learnt["sessions"], 4);
+}
+
+#[test]
+fn profiles_of_other_memory_and_damaged_ones_are_refused() {
+    if !can_serve() {
+        return;
+    }
+    let dir = Dir::new();
+    dir.record("p", "50", "7");
+    let memory = dir.mem();
+    let mut other = fs::read(&memory).unwrap();
+    other.iter_mut().for_each(|byte| *byte ^= 1);
+    fs::write(dir.path("other"), &other).unwrap();
+    fs::write(dir.path("small"), &other[..8192]).unwrap();
+    for (memory, word) in [("other", "contents differ"), ("small", "8192")] {
+        for args in [
+            vec!["serve", "--socket", "sock", "--memory", memory, "--profile", "p"],
+            vec!["serve", "--socket", "sock", "--memory", memory, "--record", "p"],
+            vec!["image", "pack", memory, "image", "--profile", "p"],
+        ] {
+            let error = dir.refusal(&args);
+            assert!(error.contains(word) && error.contains("profile record"), "{error}");
+        }
+    }
+    assert!(!Path::new("image").exists());
+    let mut bytes = fs::read(dir.path("p")).unwrap();
+    bytes[100] ^= 1;
+    fs::write(dir.path("bad"), &bytes).unwrap();
+    assert!(dir.refusal(&["profile", "show", "bad"]).contains("damaged"));
+    assert!(dir.refusal(&["profile", "show", "other"]).contains("no profile"));
+    assert!(dir.refusal(&["profile", "show", "absent"]).contains("absent"));
+    assert!(dir.refusal(&["profile", "merge", "p", "bad", "--output", "x"]).contains("bad"));
+    assert!(!dir.path("x").exists());
+}
+
+#[test]
+fn every_command_teaches_by_its_help() {
+    let dir = TempDir::new().unwrap();
+    for command in ["record", "show", "merge"] {
+        let mut run = Command::new(VMPAGER);
+        let output = run.args(["profile", command, "--help"]).current_dir(&dir).output().unwrap();
+        let help = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && help.contains("Example"), "{command}: {help}");
+        assert!(help.contains("--json"), "{command}");
+    }
+}
+
+/// The way that `bench restore` goes with profiles and layers: each byte right.
+#[test]
+fn restores_by_profiles_and_layers_are_measured() {
+    if !can_serve() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let modes = "mmap,on-demand+profile,on-demand+wrong,packed+profile,layered";
+    let output = Command::new(VMPAGER)
+        .args(["bench", "restore", "--memory", "24M", "--touches", "1500", "--rounds", "1"])
+        .args(["--cpu", "threads", "--modes", modes, "--json"])
+        .current_dir(&dir)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 10, "{report}");
+    for row in rows {
+        assert!(row["workload_ms"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}

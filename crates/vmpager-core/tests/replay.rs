@@ -1,0 +1,166 @@
+//! What a profile brings, and when it is given up.
+#![cfg(not(loom))]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::sync::atomic::AtomicU64;
+
+use vmpager_core::page_map::words_for;
+use vmpager_core::prefetch::{NeighbourPolicy, Replay};
+use vmpager_core::{ByteRange, Engine, FaultPlan, Hva, PageRun, PageSize, Piece, Slot, SlotSet};
+
+const HVA: u64 = 0x7f00_0000_0000;
+const PAGES: u64 = 4096;
+
+fn engine_of(slots: &[Slot]) -> Engine<Vec<AtomicU64>> {
+    let slots = SlotSet::new(slots, 1 << 40).unwrap();
+    let words = (0..words_for(slots.pages())).map(|_| AtomicU64::new(0)).collect();
+    Engine::new(slots, words, NeighbourPolicy::Off)
+}
+
+fn slot(hva: u64, pages: u64, first_page: u64, page_size: PageSize) -> Slot {
+    let len = pages * page_size.bytes();
+    Slot { hva: Hva(hva), len, source_offset: first_page * 4096, page_size }
+}
+
+fn engine() -> Engine<Vec<AtomicU64>> {
+    engine_of(&[slot(HVA, PAGES, 0, PageSize::Size4K)])
+}
+
+fn bytes(first: u64, count: u64) -> ByteRange {
+    ByteRange::new(first * 4096, count * 4096)
+}
+
+/// What is left of the replay, each piece of it installed.
+fn replayed(engine: &mut Engine<Vec<AtomicU64>>) -> Vec<Piece> {
+    let pieces = std::iter::from_fn(|| {
+        let piece = engine.next_replayed(1000)?;
+        engine.installed(piece.run());
+        Some(piece)
+    });
+    pieces.collect()
+}
+
+fn fault(engine: &mut Engine<Vec<AtomicU64>>, page: u64) -> FaultPlan {
+    engine.fault(Hva(HVA + page * 4096)).unwrap()
+}
+
+#[test]
+fn pages_come_in_the_profiles_order_and_once() {
+    let mut engine = engine();
+    engine.replay(&[bytes(100, 20), bytes(7, 1), bytes(110, 30), bytes(0, 2)]);
+    fault(&mut engine, 105);
+    let runs: Vec<_> = replayed(&mut engine).iter().map(Piece::run).collect();
+    let run = PageRun::new;
+    assert_eq!(runs, [run(100, 5), run(106, 14), run(7, 1), run(120, 20), run(0, 2)]);
+    assert!(engine.replaying().unwrap().is_done());
+    assert_eq!(engine.replay_counts().late, 1, "the profile has page 105");
+}
+
+#[test]
+fn pieces_are_no_larger_than_asked_for() {
+    let mut engine = engine();
+    engine.replay(&[bytes(0, 100)]);
+    let sizes: Vec<u64> =
+        std::iter::from_fn(|| engine.next_replayed(30)).map(|piece| piece.run().count).collect();
+    assert_eq!(sizes, [30, 30, 30, 10]);
+}
+
+/// A guest that will touch a page of a large hole is better off if it is there;
+/// other pages of the hole stay absent.
+#[test]
+fn zero_pages_of_a_profile_get_memory() {
+    let mut engine = engine();
+    engine.known_zero(bytes(1000, 2000));
+    engine.replay(&[bytes(998, 4), bytes(2500, 3)]);
+    let run = PageRun::new;
+    let pieces = replayed(&mut engine);
+    assert_eq!(
+        pieces,
+        [Piece::Fetch(run(998, 2)), Piece::Zero(run(1000, 2)), Piece::Zero(run(2500, 3))]
+    );
+    assert_eq!(engine.map().count_present(), 7);
+    // Small holes get memory anyhow, and count once.
+    let mut engine = engine_of(&[slot(HVA, 8, 0, PageSize::Size4K)]);
+    engine.known_zero(bytes(2, 2));
+    engine.replay(&[bytes(0, 8)]);
+    assert_eq!(replayed(&mut engine).len(), 3);
+    assert_eq!(engine.next_fill(100), vmpager_core::FillPlan::Complete);
+}
+
+/// The guest gave pages back before their turn: they are zero for ever.
+#[test]
+fn what_was_given_back_is_not_brought() {
+    let mut engine = engine();
+    engine.replay(&[bytes(0, 10)]);
+    engine.removed(Hva(HVA + 4 * 4096), Hva(HVA + 6 * 4096));
+    let runs: Vec<_> = replayed(&mut engine).iter().map(Piece::run).collect();
+    assert_eq!(runs, [PageRun::new(0, 4), PageRun::new(6, 4)]);
+}
+
+/// Base pages of the profile name the huge page they are in; what lies outside of
+/// the slots is nobody's.
+#[test]
+fn slots_have_their_own_pages() {
+    let huge = slot(HVA, 4, 512, PageSize::Size2M);
+    let base = slot(HVA + (1 << 30), 100, 10_000, PageSize::Size4K);
+    let mut engine = engine_of(&[huge, base]);
+    engine.replay(&[bytes(1030, 2), bytes(1500, 80), bytes(9_990, 20), bytes(50, 5)]);
+    let runs: Vec<_> = replayed(&mut engine).iter().map(Piece::run).collect();
+    assert_eq!(runs, [PageRun::new(1, 1), PageRun::new(2, 1), PageRun::new(4, 10)]);
+}
+
+#[test]
+fn a_wrong_profile_is_given_up_after_some_faults() {
+    let mut engine = engine();
+    engine.replay(&[bytes(2000, 2000)]);
+    let mut brought = 0;
+    for page in 0..100 {
+        fault(&mut engine, page);
+        let piece = engine.replay_piece();
+        brought += engine.next_replayed(piece).map_or(0, |piece| piece.run().count);
+    }
+    let most = u64::from(Replay::PATIENCE) * Replay::FIRST_PIECE;
+    assert!(brought > 0 && brought <= most, "{brought} pages");
+    assert_eq!(engine.replay_counts().missed, 100);
+    assert!(!engine.replaying().unwrap().is_done());
+}
+
+/// Half of what the guest touches is in the profile: whenever the replay has been
+/// given up, the guest soon waits for a page of it.
+#[test]
+fn a_profile_that_knows_a_half_is_not_given_up_for_good() {
+    let mut engine = engine();
+    engine.replay(&[bytes(2000, 2000)]);
+    let (mut late, mut missed) = (0, 0);
+    for nth in 0..2000 {
+        for page in [nth, 2000 + nth] {
+            if !engine.map().is_present(page) {
+                let before = engine.replay_counts();
+                let FaultPlan::Fetch { run, .. } = fault(&mut engine, page) else { continue };
+                engine.installed(run);
+                let after = engine.replay_counts();
+                late += after.late - before.late;
+                missed += after.missed - before.missed;
+            }
+            let piece = engine.replay_piece();
+            if let Some(piece) = engine.next_replayed(piece) {
+                engine.installed(piece.run());
+            }
+        }
+    }
+    assert_eq!(missed, 2000);
+    assert!(late < 500, "{late} pages of the profile came too late");
+    assert!(engine.replaying().unwrap().is_done());
+}
+
+#[test]
+fn pieces_grow_and_collapse_when_somebody_waits() {
+    let mut engine = engine();
+    engine.replay(&[bytes(0, 4000)]);
+    let sizes = |engine: &mut Engine<_>| (0..6).map(|_| engine.replay_piece()).collect::<Vec<_>>();
+    assert_eq!(sizes(&mut engine), [16, 32, 64, 128, 256, 256]);
+    engine.demanded();
+    assert_eq!(sizes(&mut engine), [16, 32, 64, 128, 256, 256]);
+    fault(&mut engine, 10);
+    assert_eq!(engine.replay_piece(), 16);
+}
