@@ -77,7 +77,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => return exit(serve::run(args)),
         Command::Image(command) => image::run(command),
         Command::Profile(command) => profile::run(command),
         Command::Bench(command) => bench::run(command),

@@ -1,22 +1,31 @@
 //! `vmpager serve`: the daemon.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 use vmpager::core::PageSource;
 use vmpager::daemon::DaemonEvent;
-use vmpager::{Daemon, DaemonConfig, NeighbourPolicy, ServeOptions, SessionSummary};
+use vmpager::{
+    Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperLink, NeighbourPolicy, ServeOptions,
+    SessionSummary,
+};
 use vmpager_store::RawFile;
 use vmpager_store::image::MemoryInput;
 use vmpager_store::profile::{Profile, Recorder};
 
-use crate::image::Parents;
+use crate::image::{Parents, open_over};
 use crate::output;
 
 /// Options of `vmpager serve`.
@@ -35,7 +44,10 @@ use crate::output;
     my-back-end --memory /run/vm/doors/$!.sock\n\n\
     Any number of VMs may connect. The memory file must not change meanwhile.\n\
     SIGTERM and SIGINT stop it: what is in flight is finished first, and each VM\n\
-    that still misses memory is named.")]
+    that still misses memory is named.\n\n\
+    It is two processes: a keeper, which holds descriptors and does nothing else, and\n\
+    a worker, which serves. A worker that dies, of SIGKILL too, is replaced at once,\n\
+    and the VMs go on (docs/daemon.md).")]
 pub(crate) struct ServeArgs {
     /// Unix socket to listen on; it exists once VMMs may connect.
     #[arg(long, value_name = "SOCKET")]
@@ -87,6 +99,9 @@ pub(crate) struct ServeArgs {
     /// Stop when the first session has ended.
     #[arg(long)]
     pub(crate) once: bool,
+    /// Be the process that serves, for the keeper at standard input.
+    #[arg(long, hide = true)]
+    pub(crate) kept: bool,
     /// Print one JSON object with all sessions when it stops.
     #[arg(long)]
     pub(crate) json: bool,
@@ -107,6 +122,14 @@ impl From<Prefetch> for NeighbourPolicy {
             Prefetch::Off => Self::Off,
             Prefetch::Adaptive => Self::default(),
         }
+    }
+}
+
+impl ServeArgs {
+    /// The files that are served: the memory, then layers that may be below it.
+    fn source_paths(&self) -> impl Iterator<Item = &Path> {
+        let first = self.image.iter().chain(&self.memory);
+        first.map(PathBuf::as_path).chain(self.parents.paths())
     }
 }
 
@@ -132,18 +155,63 @@ const MAX_MAPPED: u64 = 6 << 20;
 /// Bytes of cold reads in flight, all workers together.
 const MAX_BUFFERED: usize = 4 << 20;
 
-pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
-    let mut report = serve(args)?;
+pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    allow_descriptors();
+    if !args.kept {
+        return keep(args);
+    }
+    let channel = io::stdin().as_fd().try_clone_to_owned()?;
+    let keeper = KeeperLink::meet(channel).context("--kept is for the keeper to give")?;
+    let mut report = serve_for(args, Some(keeper))?;
     if args.json {
         report.peak_rss_bytes = peak_rss();
         output::json(&report)?;
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Has a VM's five descriptors, and more, for as many VMs as the system allows.
+fn allow_descriptors() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // It is no more than a try.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
+
+/// The keeper.
+fn keep(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    // This program once more, whatever has become of its name.
+    let mut worker = Command::new("/proc/self/exe");
+    worker.args(std::env::args_os().skip(1)).arg("--kept");
+    let mut config = KeeperConfig::new(&args.socket, worker);
+    // What cannot be opened, the worker complains about.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let open = |path: &Path| rustix::fs::open(path, flags, Mode::empty()).ok();
+    config.sources = args.source_paths().map_while(open).collect();
+    let keeper = Keeper::new(config)?;
+    stop_by_signals(|| keeper.stopper())?;
+    let status = keeper.run()?;
+    Ok(match status.code().map(u8::try_from) {
+        Some(Ok(code)) => ExitCode::from(code),
+        _ => ExitCode::FAILURE,
+    })
+}
+
+fn stop_by_signals(stopper: impl Fn() -> io::Result<UnixStream>) -> anyhow::Result<()> {
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::low_level::pipe::register(signal, stopper()?).context("catching signals")?;
+    }
     Ok(())
 }
 
-/// Serves until told to stop, or until the first session has ended.
+/// Serves until told to stop, or until the first session has ended: in this
+/// process, which nobody takes over from.
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ServeReport> {
-    let (source, memory) = open(args)?;
+    serve_for(args, None)
+}
+
+fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result<ServeReport> {
+    let held = keeper.as_mut().map(KeeperLink::sources).unwrap_or_default();
+    let (source, memory) = open(args, &held)?;
     let learning = Learning::open(args, &memory)?;
     let mut config = DaemonConfig::new(&args.socket, source);
     config.options = ServeOptions {
@@ -161,17 +229,17 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ServeReport> {
     let (name, memory_bytes) = (config.source.name(), config.source.len());
     let workers = config.workers;
 
-    let daemon = Daemon::bind(config)?;
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-        signal_hook::low_level::pipe::register(signal, daemon.stopper()?)
-            .context("catching signals")?;
-    }
+    let daemon = match keeper {
+        Some(keeper) => Daemon::kept(config, keeper)?,
+        None => Daemon::bind(config)?,
+    };
+    stop_by_signals(|| daemon.stopper())?;
     info!(
         socket = %args.socket.display(),
         memory = %name,
         memory_bytes,
         workers,
-        "listening"
+        "serving"
     );
     let mut report = ServeReport::default();
     keep_metrics(args, &report)?;
@@ -250,21 +318,32 @@ fn workers(args: &ServeArgs) -> usize {
     args.workers.map_or(cpus, usize::from)
 }
 
-fn open(args: &ServeArgs) -> anyhow::Result<(Arc<dyn PageSource>, MemoryInput)> {
-    match (&args.image, &args.memory) {
-        (Some(image), _) => {
-            let image = args.parents.open(image)?;
-            Ok((image.clone(), MemoryInput::image(image)))
-        }
-        (None, Some(_)) if args.parents.are_given() => {
-            bail!("--parent names a layer below an --image; a raw memory file has none")
-        }
-        (None, Some(memory)) => {
-            let buffered = MAX_BUFFERED / workers(args);
-            let options = RawFile::options().max_mapped(MAX_MAPPED).max_buffered(buffered);
-            Ok((options.open(memory)?, MemoryInput::raw(memory)?))
-        }
-        (None, None) => bail!("give the memory with --memory or --image"),
+/// Opens what is served.
+fn open(args: &ServeArgs, held: &[OwnedFd]) -> anyhow::Result<(Arc<dyn PageSource>, MemoryInput)> {
+    let mut paths = args.source_paths().zip(0..).map(|(path, at)| as_held(path, held.get(at)));
+    let first = paths.next().context("give the memory with --memory or --image")?;
+    if args.image.is_some() {
+        let image = open_over(&first, paths)?;
+        return Ok((image.clone(), MemoryInput::image(image)));
+    }
+    if paths.next().is_some() {
+        bail!("--parent names a layer below an --image; a raw memory file has none")
+    }
+    let buffered = MAX_BUFFERED / workers(args);
+    let options = RawFile::options().max_mapped(MAX_MAPPED).max_buffered(buffered);
+    Ok((options.open(&first)?, MemoryInput::raw(&first)?))
+}
+
+/// Where to open a file that the keeper has opened before: under its own name,
+/// unless that means another one by now.
+fn as_held(path: &Path, held: Option<&OwnedFd>) -> PathBuf {
+    let same = |held: &OwnedFd| {
+        let (held, named) = (rustix::fs::fstat(held).ok()?, rustix::fs::stat(path).ok()?);
+        Some((held.st_dev, held.st_ino) == (named.st_dev, named.st_ino))
+    };
+    match held.filter(|held| same(held) != Some(true)) {
+        Some(held) => format!("/proc/self/fd/{}", held.as_raw_fd()).into(),
+        None => path.to_owned(),
     }
 }
 

@@ -176,3 +176,58 @@ fn completions_are_printed_and_a_closed_pipe_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
 }
+
+/// The processes that a process has started.
+fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while !holds() {
+        assert!(Instant::now() < until, "{what}: not after 10 s");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn kill(pid: u32) {
+    let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_killed_worker_is_replaced_and_its_keeper_ends_as_told() {
+    let dir = TempDir::new().unwrap();
+    let socket = in_dir(&dir, "pager.sock");
+    let memory = memory_file(&dir, 8192);
+    let child = serve(&socket, &memory, &[]);
+    let [first] = children(child.id())[..] else { panic!("one worker") };
+    // Its successor serves the file that was there first.
+    fs::remove_file(&memory).unwrap();
+    kill(first);
+    eventually("another worker", || {
+        !children(child.id()).is_empty() && children(child.id()) != [first]
+    });
+    let output = terminate(child);
+    let text = stderr(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("the worker process ended (signal: 9"), "{text}");
+    assert_eq!(text.matches("ready").count(), 2, "{text}");
+    assert!(!Path::new(&socket).exists());
+}
+
+#[test]
+fn without_its_keeper_a_worker_that_serves_nobody_ends() {
+    let dir = TempDir::new().unwrap();
+    let socket = in_dir(&dir, "pager.sock");
+    let mut child = serve(&socket, &memory_file(&dir, 8192), &[]);
+    let [worker] = children(child.id())[..] else { panic!("one worker") };
+    child.kill().unwrap();
+    child.wait().unwrap();
+    eventually("the worker has ended", || {
+        let status = fs::read_to_string(format!("/proc/{worker}/stat"));
+        status.map_or(true, |status| status.contains(") Z "))
+    });
+    assert!(UnixStream::connect(&socket).is_err(), "nobody listens");
+}

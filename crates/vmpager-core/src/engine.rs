@@ -22,6 +22,7 @@ use crate::huge::HugePieces;
 use crate::page_map::{Content, PageMap, Words};
 use crate::pages::Pages;
 use crate::prefetch::{FillPace, NeighbourPolicy, Neighbours, Replay, ReplayCounts};
+use crate::present::MapError;
 use crate::slot::SlotSet;
 
 /// What to do about a missing fault.
@@ -105,9 +106,27 @@ impl<W: Words> Engine<W> {
     /// An engine for these slots, with a page map in `words` (zeroed, and as
     /// many as [`page_map::words_for`](crate::page_map::words_for) says).
     pub fn new(slots: SlotSet, words: W, neighbours: NeighbourPolicy) -> Self {
-        let count = slots.pages();
+        Self::over(Pages::new(slots, words), neighbours)
+    }
+
+    /// An engine that goes on where another one was interrupted, in a process
+    /// that has ended, with the page map it left in `words`.
+    ///
+    /// # Errors
+    ///
+    /// If that is no page map of these slots that this version reads.
+    pub fn take_over(
+        slots: SlotSet,
+        words: W,
+        neighbours: NeighbourPolicy,
+    ) -> Result<Self, MapError> {
+        Ok(Self::over(Pages::take_over(slots, words)?, neighbours))
+    }
+
+    fn over(pages: Pages<W>, neighbours: NeighbourPolicy) -> Self {
+        let count = pages.slots().pages();
         Self {
-            pages: Arc::new(Pages::new(slots, words)),
+            pages: Arc::new(pages),
             neighbours: Neighbours::new(neighbours, count),
             windows: VecDeque::new(),
             replay: None,

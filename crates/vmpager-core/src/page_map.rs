@@ -52,6 +52,7 @@
 use std::ops::Deref;
 
 use crate::addr::PageRun;
+use crate::present::{MapError, read_header};
 use crate::sync::{AtomicU64, Ordering};
 
 /// Words before the bitmap: 4 KiB, so that the bitmap can be mapped by itself.
@@ -64,7 +65,8 @@ pub(crate) const SLOT_WORDS: usize = 4;
 /// The most slots the table holds.
 pub const MAX_SLOTS: usize = (HEADER_WORDS - TABLE) / SLOT_WORDS;
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"VMPGMAP\0");
-pub(crate) const VERSION: u64 = 2;
+/// The version of the layout.
+pub const VERSION: u64 = 2;
 /// Bit 0 of every two-bit field.
 const EVEN: u64 = 0x5555_5555_5555_5555;
 
@@ -174,13 +176,34 @@ impl<W: Words> PageMap<W> {
         for (i, value) in [MAGIC, VERSION, pages, HEADER_WORDS as u64].into_iter().enumerate() {
             words.words()[i].store(value, Ordering::Relaxed);
         }
-        let content = HEADER_WORDS + to_index(pages.div_ceil(64));
-        let holes = content + to_index(pages.div_ceil(32));
-        let map = Self { words, pages, content, holes };
+        let map = Self::over(words, pages);
         for (word, mask) in present_masks(PageRun::new(0, pages)) {
             map.absent_word(word).store(mask, Ordering::Relaxed);
         }
         map
+    }
+
+    /// Takes over the map of `pages` pages that a process which has ended left in
+    /// these words. What it had claimed is to be fetched again.
+    ///
+    /// # Errors
+    ///
+    /// If it has another layout, or is of other pages.
+    pub fn take_over(words: W, pages: u64) -> Result<Self, MapError> {
+        let written = read_header(&words)?;
+        let len = words.words().len();
+        if written != pages || len < words_for(pages) {
+            return Err(MapError::Field { field: "number of pages", value: written, words: len });
+        }
+        let map = Self::over(words, pages);
+        map.release(PageRun::new(0, pages));
+        Ok(map)
+    }
+
+    fn over(words: W, pages: u64) -> Self {
+        let content = HEADER_WORDS + to_index(pages.div_ceil(64));
+        let holes = content + to_index(pages.div_ceil(32));
+        Self { words, pages, content, holes }
     }
 
     /// Writes the slot table, for processes the map is shared with. To be done
@@ -235,6 +258,23 @@ impl<W: Words> PageMap<W> {
             .sum::<u64>()
             // Beyond the last page no bit is set.
             - (self.pages.next_multiple_of(64) - self.pages)
+    }
+
+    /// Number of pages whose bytes are still to come from the source.
+    pub fn count_outstanding(&self) -> u64 {
+        let words = (0..self.pages.div_ceil(32)).map(|word| {
+            let content = self.content_word(word).load(Ordering::Acquire);
+            let present = spread(self.present_bits(word / 2) >> (32 * (word % 2)));
+            u64::from((!(content >> 1) & !present & EVEN).count_ones())
+        });
+        words.sum()
+    }
+
+    /// Number of pages in small holes of the source that have no memory yet.
+    pub fn count_holes(&self) -> u64 {
+        let words = (0..self.pages.div_ceil(64))
+            .map(|word| u64::from(self.hole_word(word).load(Ordering::Acquire).count_ones()));
+        words.sum()
     }
 
     /// Claims as many pages as possible from `first` upwards, `max` at most:

@@ -10,6 +10,7 @@
 
 use crate::addr::{PageRun, PageSize};
 use crate::page_map::{Content, PageMap, Words};
+use crate::present::MapError;
 use crate::slot::SlotSet;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -32,6 +33,15 @@ impl<W: Words> Pages<W> {
         let pages = slots.pages();
         let (outstanding, holes) = (AtomicU64::new(pages), AtomicU64::new(0));
         Self { map: PageMap::new(words, pages), slots, outstanding, holes }
+    }
+
+    /// The pages of these slots, as a process that has ended left them in
+    /// `words`.
+    pub(crate) fn take_over(slots: SlotSet, words: W) -> Result<Self, MapError> {
+        let map = PageMap::take_over(words, slots.pages())?;
+        let outstanding = AtomicU64::new(map.count_outstanding());
+        let holes = AtomicU64::new(map.count_holes());
+        Ok(Self { map, slots, outstanding, holes })
     }
 
     /// The slots.

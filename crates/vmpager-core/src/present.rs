@@ -51,23 +51,13 @@ impl<W: LoadWords> PresentBits<W> {
     ///
     /// If it is of another version, or does not fit the words.
     pub fn open(words: W) -> Result<Self, MapError> {
+        let pages = read_header(&words)?;
         let len = words.count();
         let word = |i: usize| words.load(i).unwrap_or(0);
-        if word(0) != MAGIC {
-            return Err(MapError::Magic(word(0)));
-        }
-        if word(1) != VERSION {
-            return Err(MapError::Version(word(1)));
-        }
-        let (pages, start, count) = (word(2), word(3), word(4));
-        let fits = |field, value, ok| match ok {
-            true => Ok(()),
-            false => Err(MapError::Field { field, value, words: len }),
-        };
-        fits("start of the bitmap", start, start == HEADER_WORDS as u64)?;
+        let count = word(4);
         let room = len.saturating_sub(HEADER_WORDS) as u64;
-        fits("number of pages", pages, pages.div_ceil(64) <= room)?;
-        fits("number of slots", count, count <= MAX_SLOTS as u64)?;
+        fits("number of pages", pages, pages.div_ceil(64) <= room, len)?;
+        fits("number of slots", count, count <= MAX_SLOTS as u64, len)?;
         let slots =
             (TABLE..HEADER_WORDS).step_by(SLOT_WORDS).take(usize::try_from(count).unwrap_or(0));
         let slots = slots.map(|at| MapSlot {
@@ -125,6 +115,23 @@ impl<W: LoadWords> PresentBits<W> {
             None => false,
         }
     }
+}
+
+/// Reads what every layout begins with. Returns the number of pages.
+pub(crate) fn read_header<W: LoadWords>(words: &W) -> Result<u64, MapError> {
+    let word = |i: usize| words.load(i).unwrap_or(0);
+    if word(0) != MAGIC {
+        return Err(MapError::Magic(word(0)));
+    }
+    if word(1) != VERSION {
+        return Err(MapError::Version(word(1)));
+    }
+    fits("start of the bitmap", word(3), word(3) == HEADER_WORDS as u64, words.count())?;
+    Ok(word(2))
+}
+
+fn fits(field: &'static str, value: u64, ok: bool, words: usize) -> Result<(), MapError> {
+    if ok { Ok(()) } else { Err(MapError::Field { field, value, words }) }
 }
 
 fn check(slot: &MapSlot, pages: u64) -> Option<()> {

@@ -161,6 +161,11 @@ pub trait PageSource: Send + Sync + fmt::Debug {
     /// Its length in bytes: a multiple of 4096.
     fn len(&self) -> u64;
 
+    /// A number that differs, as far as can be told, from that of every source
+    /// with other contents: what was begun from one source must not be ended from
+    /// another. The same in every process.
+    fn fingerprint(&self) -> u64;
+
     /// Whether it holds no bytes at all.
     fn is_empty(&self) -> bool {
         self.len() == 0

@@ -293,3 +293,30 @@ fn an_empty_map_is_harmless() {
     assert_eq!(map.count_present(), 0);
     assert_eq!(map.mark_zero(PageRun::new(0, 0)), 0);
 }
+
+/// A successor has what was claimed fetched again, and everything else as it was.
+#[test]
+fn a_successor_takes_back_claims_and_nothing_else() {
+    let words: Vec<_> = (0..words_for(200)).map(|_| AtomicU64::new(0)).collect();
+    let words: std::sync::Arc<[AtomicU64]> = words.into();
+    let map = PageMap::new(words.clone(), 200);
+    assert_eq!((map.claim_up(0, 10), map.publish(PageRun::new(0, 5))), (10, 5));
+    map.mark_zero(PageRun::new(60, 8));
+    map.mark_holes(PageRun::new(64, 3));
+    assert_eq!((map.claim_up(150, 4), map.poison(PageRun::new(151, 1))), (4, 1));
+    let next = PageMap::take_over(words.clone(), 200).unwrap();
+    let contents = |pages: std::ops::Range<u64>| -> Vec<_> {
+        pages.map(|page| (next.content(page), next.is_present(page))).collect()
+    };
+    assert_eq!(contents(0..5), [(Content::Claimed, true); 5]);
+    assert_eq!(contents(5..10), [(Content::Source, false); 5]);
+    assert_eq!(contents(60..68), [(Content::Zero, false); 8]);
+    let poisoned = (Content::Poisoned, false);
+    assert_eq!(contents(150..152), [(Content::Source, false), poisoned]);
+    assert_eq!((next.count_outstanding(), next.count_holes()), (200 - 5 - 8 - 1, 3));
+
+    assert!(PageMap::take_over(words.clone(), 201).is_err(), "of other pages");
+    words[1].store(1, Ordering::Relaxed);
+    let error = PageMap::take_over(words, 200).unwrap_err().to_string();
+    assert!(error.contains("version 1"), "{error}");
+}

@@ -241,6 +241,10 @@ impl PageSource for FaultySource {
         self.inner.len()
     }
 
+    fn fingerprint(&self) -> u64 {
+        self.inner.fingerprint()
+    }
+
     fn visit_zero_ranges(&self, visit: &mut dyn FnMut(ByteRange)) {
         self.inner.visit_zero_ranges(visit);
     }

@@ -1,7 +1,7 @@
 //! Bytes in this process as a source: always at hand.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vmpager_core::{
     ByteRange, PageData, PageReader, PageSource, Priority, ReadId, ReadRequest, SourceError,
@@ -16,13 +16,15 @@ pub struct MemorySource {
     name: Arc<str>,
     bytes: Vec<u8>,
     zero_ranges: Vec<ByteRange>,
+    fingerprint: OnceLock<u64>,
 }
 
 impl MemorySource {
     /// A source of these bytes, made up to whole pages with zeroes.
     pub fn new(mut bytes: Vec<u8>) -> Self {
         bytes.resize(bytes.len().next_multiple_of(4096), 0);
-        Self { name: "memory".into(), bytes, zero_ranges: Vec::new() }
+        let fingerprint = OnceLock::new();
+        Self { name: "memory".into(), bytes, zero_ranges: Vec::new(), fingerprint }
     }
 
     /// A source in which every 8-byte word differs from every other: it holds
@@ -84,6 +86,10 @@ impl PageSource for MemorySource {
 
     fn len(&self) -> u64 {
         self.bytes.len() as u64
+    }
+
+    fn fingerprint(&self) -> u64 {
+        *self.fingerprint.get_or_init(|| crate::fingerprint(&self.bytes))
     }
 
     fn visit_zero_ranges(&self, visit: &mut dyn FnMut(ByteRange)) {

@@ -273,6 +273,10 @@ impl PageSource for RawFile {
         self.identity.len
     }
 
+    fn fingerprint(&self) -> u64 {
+        self.identity.fingerprint()
+    }
+
     fn visit_zero_ranges(&self, visit: &mut dyn FnMut(ByteRange)) {
         self.holes.iter().for_each(visit);
     }

@@ -336,6 +336,18 @@ impl Mapping {
         self.at(range.start, range.len()).cast()
     }
 
+    /// Keeps the kernel from taking this memory away again (mlock(2)).
+    ///
+    /// # Errors
+    ///
+    /// If this user may not lock that much (`RLIMIT_MEMLOCK`).
+    pub fn lock(&self, range: Range<usize>) -> io::Result<()> {
+        let len = range.end.saturating_sub(range.start);
+        let at = self.at(range.start, len);
+        // SAFETY: inside the mapping, whose contents stay as they are.
+        Ok(unsafe { mm::mlock(at.cast(), len) }?)
+    }
+
     fn advise(&self, range: Range<usize>, advice: Advice) -> io::Result<()> {
         let len = range.end.saturating_sub(range.start);
         let at = self.at(range.start, len);

@@ -56,11 +56,35 @@ pub fn recv_with_fds(
     into: &mut [u8],
     fds: &mut Vec<OwnedFd>,
 ) -> io::Result<usize> {
+    receive(socket.as_fd(), into, fds, RecvFlags::empty())
+}
+
+/// The same, but leaves everything where it is: whoever holds the socket after
+/// this process can receive it once more. Goes on where the last look ended,
+/// once [`look_from`] has said where to begin.
+///
+/// # Errors
+///
+/// As [`recv_with_fds`].
+pub fn look_with_fds(
+    socket: impl AsFd,
+    into: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    receive(socket.as_fd(), into, fds, RecvFlags::PEEK)
+}
+
+fn receive(
+    socket: BorrowedFd<'_>,
+    into: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+    flags: RecvFlags,
+) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let flags = flags | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let received = loop {
-        match recvmsg(&socket, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
+        match recvmsg(socket, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
             Err(rustix::io::Errno::INTR) => {}
             other => break other?,
         }
@@ -71,6 +95,28 @@ pub fn recv_with_fds(
         }
     }
     Ok(received.bytes)
+}
+
+/// Sets how far from the start of what was ever sent the next look begins
+/// (`SO_PEEK_OFF`), provided nothing was received but by looking.
+///
+/// # Errors
+///
+/// If the kernel cannot do that for this socket.
+pub fn look_from(socket: BorrowedFd<'_>, offset: u32) -> io::Result<()> {
+    let offset = libc::c_int::try_from(offset).map_err(io::Error::other)?;
+    let len: libc::socklen_t = 4; // of an int
+    // SAFETY: the option reads one int.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const offset).cast(),
+            len,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Who is at the other end of a socket.

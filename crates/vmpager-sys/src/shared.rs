@@ -3,8 +3,9 @@
 
 use std::fmt;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memfd;
@@ -51,6 +52,39 @@ impl SharedWords {
     /// The memfd, to pass to another process.
     pub fn memfd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// Keeps the kernel from taking the words' memory away, however long they
+    /// are not used: touching them never waits for storage.
+    ///
+    /// # Errors
+    ///
+    /// If this user may not lock that much (`RLIMIT_MEMLOCK`).
+    pub fn lock(&self, words: Range<usize>) -> io::Result<()> {
+        self.mapping.lock(words.start * 8..words.end * 8)
+    }
+}
+
+/// Some words of shared memory that several in this process have.
+#[derive(Clone, Debug)]
+pub struct Part {
+    words: Arc<SharedWords>,
+    range: Range<usize>,
+}
+
+impl Part {
+    /// These words of the memory. None if it is shorter.
+    pub fn of(words: Arc<SharedWords>, range: Range<usize>) -> Option<Self> {
+        words.get(range.clone())?;
+        Some(Self { words, range })
+    }
+}
+
+impl Deref for Part {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        &self.words[self.range.clone()]
     }
 }
 

@@ -10,17 +10,17 @@ mod message;
 mod protect;
 mod staging;
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use linux_raw_sys::general as raw;
 use rustix::fs::{Mode, OFlags};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::Errno;
 use rustix::ioctl::{self, Opcode, Updater, opcode};
 
-pub use self::message::{Message, Messages};
+pub use self::message::{Left, Message, Messages};
 pub use self::staging::Staging;
 use crate::memory::GuestRange;
 use crate::peer::{fd_kind, is_userfaultfd};
@@ -316,15 +316,25 @@ impl Userfaultfd {
         Ok(result?)
     }
 
-    /// Whether the process whose memory this is still has it. Asks for write
-    /// protection to be lifted where none is, which changes nothing and fails
-    /// with ESRCH only if the memory is gone.
+    /// Whether the process whose memory this is still has it.
     pub fn is_alive(&self, start: u64, len: u64) -> bool {
+        self.lift_protection(start, len) != Err(Errno::SRCH)
+    }
+
+    /// Whether an event is unread, or about to be sent: somebody waits for it to be
+    /// read.
+    pub fn is_changing(&self, start: u64, len: u64) -> bool {
+        self.lift_protection(start, len) == Err(Errno::AGAIN)
+    }
+
+    /// Asks for write protection to be lifted where none is, which changes nothing.
+    /// Fails with ESRCH if the memory is gone, with EAGAIN while its layout is
+    /// changing, whatever the range.
+    fn lift_protection(&self, start: u64, len: u64) -> rustix::io::Result<()> {
         let range = raw::uffdio_range { start, len };
         let mut args = raw::uffdio_writeprotect { range, mode: 0 };
         // SAFETY: UFFDIO_WRITEPROTECT reads one uffdio_writeprotect.
-        let result = unsafe { update::<WRITEPROTECT, _>(&self.fd, &mut args) };
-        result != Err(Errno::SRCH)
+        unsafe { update::<WRITEPROTECT, _>(&self.fd, &mut args) }
     }
 
     /// Reads what is pending into `messages`, without waiting.
@@ -337,17 +347,11 @@ impl Userfaultfd {
     ///
     /// Anything but "nothing there", which leaves `messages` empty.
     pub fn read(&self, messages: &mut Messages) -> io::Result<()> {
-        messages.filled = 0;
+        messages.clear();
+        messages.fill(0);
         loop {
-            let result = if self.nowait.load(Ordering::Relaxed) {
-                let mut bytes = [IoSliceMut::new(&mut messages.bytes[..])];
-                // An offset of -1 is none.
-                rustix::io::preadv2(&self.fd, &mut bytes, u64::MAX, ReadWriteFlags::NOWAIT)
-            } else {
-                rustix::io::read(&self.fd, &mut messages.bytes[..])
-            };
-            match result {
-                Ok(n) => messages.filled = n,
+            match self.read_once(messages.buffer()) {
+                Ok(bytes) => messages.fill(bytes),
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => {}
                 Err(Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS)
@@ -359,6 +363,23 @@ impl Userfaultfd {
             }
             return Ok(());
         }
+    }
+
+    fn read_once(&self, to: &[AtomicU64]) -> rustix::io::Result<usize> {
+        let len = to.len() * 8;
+        let base = to.as_ptr().cast_mut().cast::<libc::c_void>();
+        let fd = self.fd.as_raw_fd();
+        let count = if self.nowait.load(Ordering::Relaxed) {
+            let buffer = libc::iovec { iov_base: base, iov_len: len };
+            // SAFETY: the kernel writes to these words alone, which are atomics:
+            // others may look at them meanwhile. (An offset of -1 is none.)
+            unsafe { libc::preadv2(fd, &raw const buffer, 1, -1, libc::RWF_NOWAIT) }
+        } else {
+            // SAFETY: as above.
+            unsafe { libc::read(fd, base, len) }
+        };
+        usize::try_from(count)
+            .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
     }
 }
 

@@ -10,6 +10,7 @@
 //! | [`attach`] | one memory for many processes: a door, views, the fault queue |
 //! | [`pager`] | the pager inside a VMM: own memory, own source |
 //! | [`daemon`] | the pager beside VMMs: a socket, sessions, workers |
+//! | [`keeper`] | the process that holds what a daemon must not lose |
 //! | [`handshake`] | Firecracker's handler protocol |
 //! | [`stats`] | what a session did, as numbers |
 //! | `worker` | the thread that serves: faults, finished reads, fill |
@@ -22,6 +23,11 @@ pub mod attach;
 pub mod daemon;
 pub mod handshake;
 pub mod installer;
+pub mod keeper;
+#[cfg(not(feature = "kill-points"))]
+mod kill;
+#[cfg(feature = "kill-points")]
+pub mod kill;
 pub mod pager;
 mod placement;
 mod polling;
@@ -32,8 +38,9 @@ pub mod stats;
 mod worker;
 
 pub use attach::{Attached, Door, SharedRegion};
-pub use daemon::{Daemon, DaemonConfig, DaemonError};
+pub use daemon::{Daemon, DaemonConfig, DaemonError, KeeperLink};
 pub use installer::Installer;
+pub use keeper::{Keeper, KeeperConfig, KeeperError};
 pub use pager::{Pager, PagerBuilder, PagerError};
 pub use served::ServeOptions;
 pub use stats::{EndReason, SessionSummary};

@@ -19,7 +19,7 @@ use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 use crate::attach::{Door, ShareError, SharedRegion, Stock, Wares};
 use crate::installer::Installer;
 use crate::reads::MemoryId;
-use crate::served::{ServeOptions, Served, page_map_words};
+use crate::served::{ServeOptions, Served, State};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
 use crate::worker::{
     Command, Event, Sharing, WorkerConfig, WorkerError, WorkerHandle, doorbell, spawn,
@@ -233,7 +233,7 @@ impl PagerBuilder {
             .collect();
         let regions = slots.clone();
         let slots = SlotSet::new(&slots, self.source.len())?;
-        let words = page_map_words(&slots)?;
+        let state = State::new(&slots, &*self.source)?;
         let uffd = open_userfaultfd(self.options.huge_pages)?;
         let memory = MemoryId(NEXT.fetch_add(1, Ordering::Relaxed));
         let (tell, events) = crossbeam_channel::unbounded();
@@ -258,7 +258,7 @@ impl PagerBuilder {
             // shall come anyway, and only a whole one can be moved in.
             options.neighbours = NeighbourPolicy::WHOLE_PIECES;
         }
-        let mut served = Served::new(memory, uffd, slots, words, &*self.source, &options)
+        let mut served = Served::new(memory, uffd, slots, state, &*self.source, &options)
             .of_process(rustix::process::getpid().as_raw_pid())
             .keeping(self.regions.into_iter().map(|(range, _, _)| range).collect());
         if options.huge_pages {

@@ -447,7 +447,10 @@ impl Worker {
             let numbers = Box::new(memory.numbers());
             let (reason, held) = match lost {
                 Lost::PeerGone => (EndReason::PeerExited, None),
-                Lost::Failed(why) => (EndReason::Failed(why), Some(Box::new(memory))),
+                Lost::Failed(why) => {
+                    memory.fail();
+                    (EndReason::Failed(why), Some(Box::new(memory)))
+                }
             };
             self.tell(Event::Ended { memory: id, reason, numbers, held });
         }

@@ -50,15 +50,24 @@ pub(crate) struct Parents {
 }
 
 impl Parents {
-    pub(crate) fn are_given(&self) -> bool {
-        !self.parents.is_empty()
+    /// Where they are.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.parents.iter().map(PathBuf::as_path)
     }
 
     /// Opens an image over them.
-    pub(crate) fn open(&self, path: &Path) -> anyhow::Result<Arc<Image>> {
-        let options = self.parents.iter().fold(Image::options(), |o, parent| o.parent(parent));
-        Ok(options.open(path)?)
+    pub(crate) fn open(&self, image: &Path) -> anyhow::Result<Arc<Image>> {
+        open_over(image, self.paths())
     }
+}
+
+/// Opens an image over layers that may be below it.
+pub(crate) fn open_over(
+    image: &Path,
+    parents: impl Iterator<Item = impl Into<PathBuf>>,
+) -> anyhow::Result<Arc<Image>> {
+    let options = parents.fold(Image::options(), |options, parent| options.parent(parent));
+    Ok(options.open(image)?)
 }
 
 /// How many threads work.

@@ -58,6 +58,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         collapse: false,
         attach: None,
         once: true,
+        kept: false,
         json: false,
     })?;
     if report.ended == 0 {

@@ -45,6 +45,10 @@ impl PageSource for Image {
         self.memory_bytes()
     }
 
+    fn fingerprint(&self) -> u64 {
+        crate::fingerprint(self.content().as_bytes())
+    }
+
     fn visit_zero_ranges(&self, visit: &mut dyn FnMut(ByteRange)) {
         for span in self.contents.index.spans().filter(|span| span.kind == Kind::Zero) {
             visit(ByteRange::new(u64::from(span.first) * PAGE, u64::from(span.count) * PAGE));

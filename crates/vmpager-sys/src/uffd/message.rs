@@ -1,6 +1,9 @@
 //! What a userfaultfd says: faults, and what happens to the memory.
 
+use std::fmt;
+use std::ops::Deref;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use linux_raw_sys::general as raw;
 
@@ -54,57 +57,162 @@ impl Message {
     /// Size of a message on the wire.
     pub(super) const BYTES: usize = 32;
 
-    fn parse(bytes: &[u8; Self::BYTES]) -> Self {
-        let word = |i: usize| {
-            let mut eight = [0; 8];
-            eight.copy_from_slice(&bytes[i * 8..i * 8 + 8]);
-            u64::from_ne_bytes(eight)
-        };
-        match u32::from(bytes[0]) {
-            raw::UFFD_EVENT_PAGEFAULT => {
-                let mut four = [0; 4];
-                four.copy_from_slice(&bytes[24..28]);
-                let thread = u32::from_ne_bytes(four);
-                Self::Fault { flags: word(1), address: word(2), thread }
+    fn parse(words: &[AtomicU64]) -> Self {
+        match Raw::of(words) {
+            Raw { event: raw::UFFD_EVENT_PAGEFAULT, args: [flags, address, thread] } => {
+                let four = thread.to_ne_bytes();
+                let thread = u32::from_ne_bytes([four[0], four[1], four[2], four[3]]);
+                Self::Fault { flags, address, thread }
             }
-            raw::UFFD_EVENT_REMOVE => {
-                Self::Remove { start: word(1), end: word(2), unmapped: false }
+            Raw { event: raw::UFFD_EVENT_REMAP, args: [from, to, len] } => {
+                Self::Remap { from, to, len }
             }
-            raw::UFFD_EVENT_UNMAP => Self::Remove { start: word(1), end: word(2), unmapped: true },
-            raw::UFFD_EVENT_REMAP => Self::Remap { from: word(1), to: word(2), len: word(3) },
-            raw::UFFD_EVENT_FORK => {
-                let mut four = [0; 4];
-                four.copy_from_slice(&bytes[8..12]);
+            Raw { event: raw::UFFD_EVENT_FORK, args: [fd, _, _] } => {
+                let fd = fd.to_ne_bytes();
+                let fd = i32::from_ne_bytes([fd[0], fd[1], fd[2], fd[3]]);
                 // SAFETY: the kernel made this descriptor for the reader of the
                 // message, and each message is parsed once (`Messages::drain`).
-                Self::Fork { child: unsafe { OwnedFd::from_raw_fd(i32::from_ne_bytes(four)) } }
+                Self::Fork { child: unsafe { OwnedFd::from_raw_fd(fd) } }
             }
-            _ => Self::Unknown(bytes[0]),
+            raw => match raw.removed() {
+                Some((start, end, unmapped)) => Self::Remove { start, end, unmapped },
+                None => Self::Unknown(u8::try_from(raw.event).unwrap_or(u8::MAX)),
+            },
         }
     }
 }
 
+/// The words of a message, native-endian as the kernel writes them: the event is
+/// the first byte.
+struct Raw {
+    event: u32,
+    args: [u64; 3],
+}
+
+impl Raw {
+    fn of(words: &[AtomicU64]) -> Self {
+        let word = |i: usize| words[i].load(Ordering::Acquire);
+        let event = u32::from(word(0).to_ne_bytes()[0]);
+        Self { event, args: [word(1), word(2), word(3)] }
+    }
+
+    /// The range given back, and whether its mapping is gone, too.
+    fn removed(&self) -> Option<(u64, u64, bool)> {
+        let [start, end, _] = self.args;
+        match self.event {
+            raw::UFFD_EVENT_REMOVE => Some((start, end, false)),
+            raw::UFFD_EVENT_UNMAP => Some((start, end, true)),
+            _ => None,
+        }
+    }
+}
+
+/// What a reader that died left behind of what it had read: see
+/// [`Messages::left_behind`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// The pages of a range were given back.
+    Removed {
+        /// First address of the range.
+        start: u64,
+        /// One past the last.
+        end: u64,
+    },
+    /// A registered range moved.
+    Moved,
+    /// The process forked; the child's userfaultfd died with its reader.
+    Forked,
+}
+
+/// Memory for messages: words, so that what one process left there another one
+/// may read.
+type Words = dyn Deref<Target = [AtomicU64]> + Send;
+
 /// A buffer for as many messages as one `read` returns.
-#[derive(Debug)]
+///
+/// The kernel forgets a message once it was read, and lets whoever gave memory
+/// back go on. If the reader is killed before it has taken note, nobody knows of
+/// it any more; so the buffer may lie in memory that outlives the reader:
+///
+/// ```text
+///   all clear -> read: the kernel puts messages there -> applied -> clear
+/// ```
+///
+/// A process is killed in user mode, or on its way there: a read that has begun
+/// to take messages puts them into the buffer, whole. What lies there when a
+/// reader is dead is therefore everything that was read and may not have been
+/// applied.
 pub struct Messages {
-    pub(super) bytes: Box<[u8; Self::BATCH * Message::BYTES]>,
+    words: Box<Words>,
+    /// Bytes read and not drained.
     pub(super) filled: usize,
+    /// Messages that may lie there and are to be cleared.
+    dirty: usize,
+}
+
+impl fmt::Debug for Messages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Messages({})", self.len())
+    }
 }
 
 impl Messages {
     /// The most messages one `read` returns.
     pub const BATCH: usize = 64;
+    /// Words a message takes.
+    const SIZE: usize = Message::BYTES / 8;
+    /// Words a buffer takes.
+    pub const WORDS: usize = Self::BATCH * Self::SIZE;
 
-    /// An empty buffer.
+    /// An empty buffer in memory of this process.
     pub fn new() -> Self {
-        Self { bytes: Box::new([0; Self::BATCH * Message::BYTES]), filled: 0 }
+        let words: Vec<AtomicU64> = (0..Self::WORDS).map(|_| AtomicU64::new(0)).collect();
+        Self { words: Box::new(words), filled: 0, dirty: 0 }
+    }
+
+    /// A buffer in the first [`WORDS`](Self::WORDS) of these words, which nobody
+    /// else writes to. It is empty unless a reader left something behind.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer.
+    pub fn within(words: impl Deref<Target = [AtomicU64]> + Send + 'static) -> Self {
+        assert!(words.len() >= Self::WORDS, "{} words, {} needed", words.len(), Self::WORDS);
+        Self { words: Box::new(words), filled: 0, dirty: Self::BATCH }
+    }
+
+    /// Where the kernel puts messages.
+    pub(super) fn buffer(&self) -> &[AtomicU64] {
+        &self.words[..Self::WORDS]
+    }
+
+    /// The kernel has put so many bytes there.
+    pub(super) fn fill(&mut self, bytes: usize) {
+        self.filled = bytes;
+        self.dirty = bytes / Message::BYTES;
     }
 
     /// Takes the messages of the last [`Userfaultfd::read`](super::Userfaultfd::read), in the kernel's
     /// order. Each is handed out once: it may own a descriptor.
     pub fn drain(&mut self) -> impl Iterator<Item = Message> + '_ {
-        let filled = std::mem::take(&mut self.filled);
-        self.bytes[..filled].as_chunks::<{ Message::BYTES }>().0.iter().map(Message::parse)
+        let filled = std::mem::take(&mut self.filled) / 8;
+        self.buffer()[..filled].chunks_exact(Self::SIZE).map(Message::parse)
+    }
+
+    /// What lies there, for whoever comes after a reader that died.
+    pub fn left_behind(&self) -> impl Iterator<Item = Left> + '_ {
+        self.buffer().chunks_exact(Self::SIZE).filter_map(|words| match Raw::of(words) {
+            Raw { event: raw::UFFD_EVENT_REMAP, .. } => Some(Left::Moved),
+            Raw { event: raw::UFFD_EVENT_FORK, .. } => Some(Left::Forked),
+            raw => raw.removed().map(|(start, end, _)| Left::Removed { start, end }),
+        })
+    }
+
+    /// What was read has been applied: forgets it.
+    pub fn clear(&mut self) {
+        for index in (0..std::mem::take(&mut self.dirty)).rev() {
+            self.buffer()[index * Self::SIZE].store(0, Ordering::Release);
+        }
     }
 
     /// How many there are.

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 use vmpager_core::{PageSource, Slot, SlotSet};
-use vmpager_sys::peer::{Peer, fd_kind, holds_userfaultfd, is_userfaultfd, recv_with_fds};
-use vmpager_sys::shared::SharedWords;
+use vmpager_sys::peer::{
+    Peer, fd_kind, holds_userfaultfd, is_userfaultfd, look_from, look_with_fds,
+};
 use vmpager_sys::uffd::Userfaultfd;
 
 use crate::attach::Entrance;
 use crate::handshake::{Handshake, HandshakeError, Inbox};
 use crate::reads::MemoryId;
-use crate::served::{Served, page_map_words};
+use crate::served::{ServeOptions, Served, State};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
 
 /// The most descriptors one peer may make this process hold.
@@ -61,6 +62,11 @@ pub(super) enum ReceiveError {
 pub(super) struct Connection {
     socket: Option<UnixStream>,
     peer: Peer,
+    /// Whole messages at the start of what it sent that another process has dealt
+    /// with: their memories were taken over from it, or have ended.
+    known: u64,
+    /// How many memories it ever handed over.
+    memories_so_far: u64,
     inbox: Inbox,
     /// Descriptors that came and whose message is not whole yet.
     fds: Vec<OwnedFd>,
@@ -83,12 +89,23 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// A peer that has `timeout` to send its handshake.
-    pub(super) fn new(socket: UnixStream, timeout: Duration) -> io::Result<Self> {
-        let peer = Peer::of(&socket)?;
+    /// A peer that has `timeout` to send its handshake, after `known` messages that
+    /// another process has dealt with.
+    pub(super) fn new(
+        socket: UnixStream,
+        peer: Peer,
+        known: u64,
+        timeout: Duration,
+    ) -> io::Result<Self> {
+        // What a peer sends is looked at and left in the socket, for whoever has to
+        // take over. (Which bounds how much it can send: the kernel takes no more
+        // than the socket holds.)
+        look_from(socket.as_fd(), 0)?;
         Ok(Self {
             socket: Some(socket),
             peer,
+            known,
+            memories_so_far: known,
             inbox: Inbox::default(),
             fds: Vec::new(),
             handshake: None,
@@ -98,7 +115,7 @@ impl Connection {
             deadline: Some(Instant::now() + timeout),
             memories: Vec::new(),
             doors: Vec::new(),
-            had_session: false,
+            had_session: known > 0,
             seems_gone: false,
             tally: Tally::new(),
         })
@@ -149,7 +166,7 @@ impl Connection {
     pub(super) fn receive(&mut self) -> Result<Arrival, ReceiveError> {
         let Some(socket) = &self.socket else { return Ok(Arrival::Nothing) };
         let mut bytes = [0; 16 * 1024];
-        let count = match recv_with_fds(socket, &mut bytes, &mut self.fds) {
+        let count = match look_with_fds(socket, &mut bytes, &mut self.fds) {
             Ok(0) => return Ok(Arrival::HangUp),
             Ok(count) => count,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Arrival::Nothing),
@@ -175,6 +192,10 @@ impl Connection {
             }
             let more = self.inbox.is_partial();
             self.deadline = more.then(|| Instant::now() + self.timeout);
+            if let Some(left) = self.known.checked_sub(1) {
+                self.known = left;
+                return Ok(Arrival::Part);
+            }
             return Ok(Arrival::Memory(Offer { handshake, uffd, memfds }));
         }
         if self.deadline.is_none() {
@@ -190,17 +211,42 @@ impl Connection {
         uffd: OwnedFd,
         source: &dyn PageSource,
         partial: bool,
-    ) -> Result<(Userfaultfd, SlotSet, SharedWords), String> {
+    ) -> Result<(Userfaultfd, SlotSet, State), String> {
         match plan(slots, source, partial || self.had_session) {
-            Ok((slots, words)) => {
+            Ok((slots, state)) => {
                 let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
-                Ok((uffd, slots, words))
+                Ok((uffd, slots, state))
             }
             Err(problem) => {
                 self.refused.push(uffd);
                 Err(problem)
             }
         }
+    }
+
+    /// Has a memory served as one of this peer.
+    pub(super) fn adapt(&self, served: Served, options: &ServeOptions) -> Served {
+        let served = served.of_process(self.peer.pid);
+        match self.pidfd().filter(|_| options.huge_pages).map(|fd| fd.try_clone_to_owned()) {
+            Some(Ok(process)) => served.making_huge_pages(process),
+            Some(Err(error)) => {
+                warn!("no huge pages: {error}");
+                served
+            }
+            None => served,
+        }
+    }
+
+    /// The name of the next memory that the connection of this id hands over: the
+    /// same one for whoever takes over.
+    pub(super) fn next_memory(&self, id: u64) -> MemoryId {
+        MemoryId((id << 16) + self.memories_so_far)
+    }
+
+    /// A memory of it is served that nobody has served before.
+    pub(super) fn add_new_memory(&mut self, memory: MemoryId) {
+        self.memories_so_far += 1;
+        self.add_memory(memory);
     }
 
     pub(super) fn add_memory(&mut self, memory: MemoryId) {
@@ -267,7 +313,10 @@ impl Connection {
 
     /// Listens no longer; holds on to what would otherwise turn into zeroes.
     pub(super) fn refuse(&mut self) {
-        self.socket = None;
+        if let Some(socket) = self.socket.take() {
+            // A keeper may hold it open.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
         self.deadline = None;
         self.refused.append(&mut self.fds);
         self.refused.retain(|fd| is_userfaultfd(fd.as_fd()));
@@ -298,7 +347,7 @@ fn plan(
     slots: &[Slot],
     source: &dyn PageSource,
     partial: bool,
-) -> Result<(SlotSet, SharedWords), String> {
+) -> Result<(SlotSet, State), String> {
     let slots = SlotSet::new(slots, source.len()).map_err(|error| error.to_string())?;
     if slots.bytes() < source.len() && !partial {
         return Err(format!(
@@ -309,6 +358,7 @@ fn plan(
             source.len()
         ));
     }
-    let words = page_map_words(&slots).map_err(|error| format!("making the page map: {error}"))?;
-    Ok((slots, words))
+    let state =
+        State::new(&slots, source).map_err(|error| format!("making the page map: {error}"))?;
+    Ok((slots, state))
 }

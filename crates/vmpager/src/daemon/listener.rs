@@ -5,7 +5,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use tracing::info;
+use tracing::{info, warn};
 
 use super::DaemonError;
 
@@ -28,6 +28,13 @@ pub fn listen(path: &Path) -> Result<UnixListener, DaemonError> {
         return Err(problem(error.to_string()));
     }
     Ok(listener)
+}
+
+/// Removes a socket of this process.
+pub(crate) fn unlisten(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        warn!("removing {}: {error}", path.display());
+    }
 }
 
 /// Removes what a crashed daemon left behind, and nothing else.

@@ -8,12 +8,14 @@
 
 mod connection;
 mod doors;
+mod front;
+mod kept;
 mod listener;
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,9 +24,14 @@ use crossbeam_channel::Receiver;
 use rustix::event::{Timespec, epoll};
 use tracing::{error, info, warn};
 use vmpager_core::PageSource;
+use vmpager_sys::peer::Peer;
 
 use self::connection::{Arrival, Connection};
+use self::front::Front;
+pub use self::kept::KeeperLink;
 pub use self::listener::listen;
+pub(crate) use self::listener::unlisten;
+use crate::kill;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served};
 use crate::stats::{EndReason, SessionSummary};
@@ -116,7 +123,7 @@ pub enum DaemonEvent<'a> {
 #[derive(Debug)]
 pub struct Daemon {
     config: DaemonConfig,
-    listener: UnixListener,
+    front: Front,
     epoll: OwnedFd,
     bell: Arc<OwnedFd>,
     events: Receiver<Event>,
@@ -125,7 +132,6 @@ pub struct Daemon {
     /// Which connection and worker a memory belongs to.
     memories: HashMap<MemoryId, (u64, usize)>,
     next_connection: u64,
-    next_memory: u64,
     /// When to look again at memories whose peer may be gone.
     probe_at: Option<Instant>,
     /// When to accept again, after that failed for want of descriptors.
@@ -137,7 +143,7 @@ pub struct Daemon {
 
 /// epoll tokens of what is no connection. A connection has two: `2 * id` for
 /// its socket, `2 * id + 1` for its peer's pidfd; ids start at 8.
-const LISTENER: u64 = 0;
+const FRONT: u64 = 0;
 const WORKERS: u64 = 1;
 const STOP: u64 = 2;
 const FIRST_CONNECTION: u64 = 8;
@@ -149,34 +155,32 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 impl Daemon {
     /// Binds the socket and starts the workers. VMMs may connect from now on.
     ///
+    /// Nothing outlives this process: [`kept`](Self::kept) is for daemons that may be
+    /// killed.
+    ///
     /// # Errors
     ///
     /// If the socket's path is taken or cannot be made, or the source or the
     /// system refuses what a worker needs.
     pub fn bind(config: DaemonConfig) -> Result<Self, DaemonError> {
-        let (tell, events) = crossbeam_channel::unbounded();
-        let bell = Arc::new(doorbell()?);
-        let workers = (0..config.workers.max(1)).map(|index| {
-            spawn(WorkerConfig {
-                name: format!("vmpager-serve-{index}"),
-                source: config.source.clone(),
-                events: tell.clone(),
-                owner: bell.clone(),
-                max_polling: crate::polling::default_max(),
-            })
-        });
-        let workers = workers.collect::<Result<Vec<_>, _>>()?;
-        config.attach.as_deref().map_or(Ok(()), doors::check)?;
+        let workers = Workers::start(&config)?;
+        let front = Front::Listener(listen(&config.socket)?);
+        Self::new(config, front, workers)
+    }
+
+    fn new(config: DaemonConfig, front: Front, workers: Workers) -> Result<Self, DaemonError> {
+        let Workers { bell, events, workers } = workers;
         let stop = UnixStream::pair()?;
         stop.0.set_nonblocking(true)?;
-        let listener = listen(&config.socket)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
-        watch(&epoll, listener.as_fd(), LISTENER)?;
+        if let Some(fd) = front.events() {
+            watch(&epoll, fd, FRONT)?;
+        }
         watch(&epoll, bell.as_fd(), WORKERS)?;
         watch(&epoll, stop.0.as_fd(), STOP)?;
         Ok(Self {
             config,
-            listener,
+            front,
             epoll,
             bell,
             events,
@@ -184,7 +188,6 @@ impl Daemon {
             connections: HashMap::new(),
             memories: HashMap::new(),
             next_connection: FIRST_CONNECTION,
-            next_memory: 1,
             probe_at: None,
             accept_at: None,
             stop,
@@ -223,7 +226,7 @@ impl Daemon {
             let mut stop = false;
             for event in &ready {
                 match event.data.u64() {
-                    LISTENER => self.accept(),
+                    FRONT => stop |= self.hear_front(watcher),
                     WORKERS => stop |= self.hear_workers(watcher),
                     STOP => stop = true,
                     token if token % 2 == 0 => self.hear_peer(token / 2, watcher),
@@ -231,6 +234,7 @@ impl Daemon {
                 }
             }
             self.keep_time();
+            stop |= matches!(self.front, Front::Alone) && self.connections.is_empty();
             if stop {
                 self.shut_down(watcher);
                 return Ok(());
@@ -265,19 +269,26 @@ impl Daemon {
         }
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept_at = None;
-            if let Err(error) = watch(&self.epoll, self.listener.as_fd(), LISTENER) {
+            if let Some(front) = self.front.events()
+                && let Err(error) = watch(&self.epoll, front, FRONT)
+            {
                 error!("watching the socket: {error}");
             }
         }
     }
 
     fn accept(&mut self) {
+        let Front::Listener(listener) = &self.front else { return };
         while self.connections.len() < self.config.max_connections {
-            match self.listener.accept() {
+            match listener.accept() {
                 Ok((socket, _)) => {
-                    if let Err(error) = self.welcome(socket) {
+                    let peer = Peer::of(&socket);
+                    let id = self.next_connection;
+                    self.next_connection += 1;
+                    if let Err(error) = peer.and_then(|peer| self.welcome(id, socket, peer, 0)) {
                         warn!("a peer was turned away: {error}");
                     }
+                    return;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -289,20 +300,16 @@ impl Daemon {
         }
         // No room: leave peers in the backlog instead of being told of them
         // over and over.
-        let _ = epoll::delete(&self.epoll, &self.listener);
+        let _ = epoll::delete(&self.epoll, listener);
         self.accept_at = Some(Instant::now() + ACCEPT_PAUSE);
     }
 
-    fn welcome(&mut self, socket: UnixStream) -> io::Result<()> {
-        let id = self.next_connection;
-        let connection = Connection::new(socket, self.config.handshake_timeout)?;
-        if let Some(socket) = connection.socket() {
-            watch(&self.epoll, socket, 2 * id)?;
+    /// A peer has come, which another process knew `known` messages of.
+    fn welcome(&mut self, id: u64, socket: UnixStream, peer: Peer, known: u64) -> io::Result<()> {
+        let connection = Connection::new(socket, peer, known, self.config.handshake_timeout)?;
+        if self.front.has_told_all() {
+            watch_peer(&self.epoll, id, &connection)?;
         }
-        if let Some(pidfd) = connection.pidfd() {
-            watch(&self.epoll, pidfd, 2 * id + 1)?;
-        }
-        self.next_connection += 1;
         self.connections.insert(id, connection);
         Ok(())
     }
@@ -344,25 +351,24 @@ impl Daemon {
         let connection::Offer { handshake, uffd, memfds } = offer;
         let door = self.next_door(id);
         let Some(connection) = self.connections.get_mut(&id) else { return Ok(()) };
-        let (uffd, slots, words) =
+        kill::point("offered");
+        let (uffd, slots, state) =
             connection.check(&handshake.slots, uffd, source, self.config.partial)?;
-        let memory = MemoryId(self.next_memory);
+        let memory = connection.next_memory(id);
         let memory_bytes = slots.bytes();
-        let mut served = Served::new(memory, uffd, slots, words, source, &self.config.options)
-            .of_process(connection.pid());
-        if let (true, Some(pidfd)) = (self.config.options.huge_pages, connection.pidfd()) {
-            match pidfd.try_clone_to_owned() {
-                Ok(process) => served = served.making_huge_pages(process),
-                Err(error) => warn!("no huge pages: {error}"),
-            }
+        let served = Served::new(memory, uffd, slots, state, source, &self.config.options);
+        let mut served = connection.adapt(served, &self.config.options);
+        if let Err(error) = self.front.keep(session_of(id), &served) {
+            connection.hold(Some(Box::new(served)));
+            return Err(format!("having it kept: {error}"));
         }
+        kill::point("kept");
         let to = self.workers[worker].teller();
         let opening =
             door.map(|at| doors::prepare(at, &mut served, to, &handshake, memfds, source.len()));
-        self.next_memory += 1;
         self.memories.insert(memory, (id, worker));
-        connection.add_memory(memory);
-        let session = id - FIRST_CONNECTION + 1;
+        connection.add_new_memory(memory);
+        let session = session_of(id);
         let peer_pid = connection.pid();
         info!(session, peer_pid, memory_bytes, "serving");
         watcher(DaemonEvent::SessionStarted { session, peer_pid, memory_bytes });
@@ -396,11 +402,15 @@ impl Daemon {
                 Event::Ended { memory, reason, numbers, held } => {
                     let Some((id, _)) = self.memories.remove(&memory) else { continue };
                     let Some(connection) = self.connections.get_mut(&id) else { continue };
+                    kill::point("ended");
+                    if held.is_none() {
+                        self.front.let_go(session_of(id), memory);
+                    }
                     connection.hold(held);
                     let Some(reason) = connection.memory_ended(memory, reason, &numbers) else {
                         continue;
                     };
-                    let summary = connection.summary(id - FIRST_CONNECTION + 1, reason);
+                    let summary = connection.summary(session_of(id), reason);
                     self.ended_sessions += 1;
                     log_summary(&summary);
                     watcher(DaemonEvent::SessionEnded(&summary));
@@ -461,6 +471,7 @@ impl Daemon {
     fn forget_if_done(&mut self, id: u64) {
         if self.connections.get(&id).is_some_and(Connection::is_done) {
             self.connections.remove(&id);
+            self.front.forget(session_of(id));
         }
     }
 
@@ -484,10 +495,54 @@ impl Daemon {
             }
         }
         self.hear_workers(watcher);
-        if let Err(error) = std::fs::remove_file(&self.config.socket) {
-            warn!("removing {}: {error}", self.config.socket.display());
+        if let Front::Listener(_) = &self.front {
+            unlisten(&self.config.socket);
         }
         info!(sessions = self.ended_sessions, "stopped");
+    }
+}
+
+/// The number of a connection's session, from 1; a keeper's number of its peer.
+fn session_of(connection: u64) -> u64 {
+    connection - FIRST_CONNECTION + 1
+}
+
+/// Looks at what a peer says, and at its end.
+fn watch_peer(epoll: &OwnedFd, id: u64, connection: &Connection) -> io::Result<()> {
+    if let Some(socket) = connection.socket() {
+        // What was looked at stays in there: only what is new is worth telling.
+        let (data, flags) = (epoll::EventData::new_u64(2 * id), epoll::EventFlags::IN);
+        epoll::add(epoll, socket, data, flags | epoll::EventFlags::ET)?;
+    }
+    match connection.pidfd() {
+        Some(pidfd) => watch(epoll, pidfd, 2 * id + 1),
+        None => Ok(()),
+    }
+}
+
+/// The threads that serve, and how they tell what happens.
+struct Workers {
+    bell: Arc<OwnedFd>,
+    events: Receiver<Event>,
+    workers: Vec<WorkerHandle>,
+}
+
+impl Workers {
+    fn start(config: &DaemonConfig) -> Result<Self, DaemonError> {
+        config.attach.as_deref().map_or(Ok(()), doors::check)?;
+        let (tell, events) = crossbeam_channel::unbounded();
+        let bell = Arc::new(doorbell()?);
+        let workers = (0..config.workers.max(1)).map(|index| {
+            spawn(WorkerConfig {
+                name: format!("vmpager-serve-{index}"),
+                source: config.source.clone(),
+                events: tell.clone(),
+                owner: bell.clone(),
+                max_polling: crate::polling::default_max(),
+            })
+        });
+        let workers = workers.collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { bell, events, workers })
     }
 }
 

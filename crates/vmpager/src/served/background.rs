@@ -8,10 +8,10 @@ use vmpager_core::{FillPlan, PageData, PageRun, PageSize, Piece, Priority, Sourc
 use vmpager_sys::uffd::Stop;
 
 use super::huge::PIECE;
-use super::install::{FIRST_RETRY, Put, PutEnd};
-use super::{Leftover, Lost, Served, at_hand};
+use super::install::{FIRST_RETRY, LAST_RETRY, Put, PutEnd};
+use super::{Flag, Leftover, Lost, Served, at_hand};
+use crate::kill;
 use crate::reads::{Read, Reads, Waiter};
-use crate::shared::Serving;
 
 /// How long missing pages are tried to be poisoned while the layout of the
 /// memory keeps changing.
@@ -213,8 +213,10 @@ impl Served {
                 FillPlan::Complete if self.may_detach() && done == 0 => {
                     let took = self.counters.started.elapsed();
                     self.counters.fill_took.get_or_insert(took);
-                    let huge = self.huge_at().is_some();
-                    return Ok(if huge { Filled::Wait } else { Filled::All });
+                    return match self.huge_at() {
+                        Some(_) => Ok(Filled::Wait),
+                        None => self.detach(),
+                    };
                 }
                 FillPlan::Wait | FillPlan::Complete => break,
             };
@@ -226,7 +228,7 @@ impl Served {
     /// Whether the memory can be let go of once it is complete. Other processes
     /// may come as long as it is shared.
     fn may_detach(&self) -> bool {
-        !self.must_hold && !self.outside.is_open()
+        !self.record.has(Flag::MustHold) && !self.outside.is_open()
     }
 
     /// Whether the fill need not wait for reads in flight or for a pause.
@@ -321,14 +323,30 @@ impl Served {
 
     /// Lets go of the memory, every page of which is in place: no fault, no
     /// event and no cost from then on.
-    pub(crate) fn detach(&mut self) {
-        for slot in self.engine.slots().iter() {
-            if let Err(error) = self.uffd.unregister(slot.hva.0, slot.len) {
-                // Closing the descriptor does the same, for all of it.
-                warn!("unregistering {:#x} bytes at {}: {error}", slot.len, slot.hva);
+    fn detach(&mut self) -> Result<Filled, Lost> {
+        if !std::mem::replace(&mut self.detached, true) {
+            for slot in self.engine.slots().iter() {
+                kill::point("detaching");
+                if let Err(error) = self.uffd.unregister(slot.hva.0, slot.len) {
+                    // Closing the descriptor does the same, for all of it.
+                    warn!("unregistering {:#x} bytes at {}: {error}", slot.len, slot.hva);
+                }
             }
+            // The kernel wakes waiters before it takes the registration away, and
+            // who faults in between sleeps on (seen on 6.18).
+            self.wake_everybody();
         }
-        self.end_sharing(Serving::Filled);
+        // Whoever gave memory back just before waits for its event to be read, or is
+        // about to tell: closing this descriptor would not help, since others hold
+        // the userfaultfd too, the VMM itself for one.
+        self.read_events()?;
+        let changing =
+            self.engine.slots().iter().any(|slot| self.uffd.is_changing(slot.hva.0, slot.len));
+        if changing {
+            self.pause(FIRST_RETRY, LAST_RETRY);
+            return Ok(Filled::Wait);
+        }
+        Ok(Filled::All)
     }
 
     /// Poisons every page whose bytes are still to come, so that letting go of
@@ -341,7 +359,7 @@ impl Served {
             let run = match self.engine.next_fill(u64::MAX) {
                 FillPlan::Bring(Piece::Fetch(run)) => run,
                 FillPlan::Bring(Piece::Zero(_)) => continue,
-                FillPlan::Wait | FillPlan::Complete => return !self.must_hold,
+                FillPlan::Wait | FillPlan::Complete => return !self.record.has(Flag::MustHold),
             };
             match self.poison_part(run) {
                 Ok(None) => {}

@@ -7,7 +7,8 @@ use tracing::{error, warn};
 use vmpager_core::{Hva, PageRun, PageSize, Priority};
 use vmpager_sys::uffd::{Installed, Stop};
 
-use super::{Lost, Served};
+use super::{Flag, Lost, Served};
+use crate::kill;
 use crate::reads::{Reads, Waiter};
 
 /// What is put into a run of pages.
@@ -31,7 +32,7 @@ pub(super) struct PutEnd {
 /// The pause after the first EAGAIN. The thread that changes the layout needs
 /// to run; a page fault costs about as much.
 pub(super) const FIRST_RETRY: Duration = Duration::from_micros(20);
-const LAST_RETRY: Duration = Duration::from_millis(5);
+pub(super) const LAST_RETRY: Duration = Duration::from_millis(5);
 /// The pause while the host has no memory, or refuses for a reason of its own.
 const LONG_RETRY: Duration = Duration::from_millis(100);
 
@@ -88,6 +89,7 @@ impl Served {
         let (hva, len) = self.address(one);
         match self.put_once(hva, len, Put::Zeroes).stop {
             None => {
+                kill::point("zero put");
                 self.engine.replaced_by_zero(waiter.page);
                 self.let_go(one);
                 self.counters.pages_zero += 1;
@@ -140,6 +142,7 @@ impl Served {
                 other => other,
             };
             let result = self.put_once(hva, len, what_left);
+            kill::point("put");
             let done = PageRun::new(left.first, result.bytes >> shift);
             if !matches!(what, Put::Poison) {
                 self.installed(done);
@@ -211,6 +214,7 @@ impl Served {
 
     fn installed(&mut self, run: PageRun) {
         self.engine.installed(run);
+        kill::point("published");
         self.tell_installers();
         if self.is_awaited_outside() {
             self.let_go(run);
@@ -390,7 +394,7 @@ impl Served {
                 Some((rest, stop)) => {
                     let (hva, _) = self.address(rest);
                     error!("{} page(s) at {hva} cannot be poisoned ({stop:?}): held", rest.count);
-                    self.must_hold = true;
+                    self.record.set(Flag::MustHold);
                 }
             }
         }
@@ -404,6 +408,7 @@ impl Served {
     /// Poisons pages that are all claimed. Returns what is left.
     pub(super) fn poison_part(&mut self, part: PageRun) -> Result<Option<(PageRun, Stop)>, Lost> {
         let end = self.put(part, Put::Poison)?;
+        kill::point("poisoned");
         let done = end.rest.map_or(part.count, |(rest, _)| rest.first - part.first);
         let poisoned = PageRun::new(part.first, done);
         self.engine.poisoned(poisoned);

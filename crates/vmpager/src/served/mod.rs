@@ -20,16 +20,16 @@ mod huge;
 mod install;
 mod origin;
 mod outside;
+mod record;
 mod replay;
+mod takeover;
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
-use vmpager_core::page_map::words_for;
 use vmpager_core::prefetch::NeighbourPolicy;
 use vmpager_core::{
     ByteRange, Engine, FaultPlan, Hva, PageData, PageMap, PageReader, PageRun, PageSource,
@@ -46,6 +46,9 @@ pub(crate) use self::install::{Leftover, zeroes};
 use self::origin::{Origin, Threads};
 use self::outside::Outside;
 pub(crate) use self::outside::{View, ViewId};
+use self::record::{Flag, Record};
+pub(crate) use self::record::{RecordError, State, VERSION as RECORD_VERSION};
+use crate::kill;
 use crate::reads::{MemoryId, Reads, Waiter};
 use crate::shared::{Serving, Shared};
 use crate::stats::{Counters, MemoryNumbers};
@@ -86,15 +89,6 @@ pub(crate) enum Lost {
     Failed(String),
 }
 
-/// Memory for the page map of slots.
-///
-/// # Errors
-///
-/// If it cannot be had.
-pub(crate) fn page_map_words(slots: &SlotSet) -> io::Result<SharedWords> {
-    SharedWords::new("vmpager-page-map", words_for(slots.pages()))
-}
-
 /// Pages to be planned again later.
 #[derive(Debug, Default)]
 struct Retry {
@@ -111,6 +105,8 @@ pub(crate) struct Served {
     id: MemoryId,
     uffd: Arc<Userfaultfd>,
     engine: Engine<SharedWords>,
+    record: Record,
+    /// Lies in the record.
     messages: Messages,
     /// Faults read and not yet served.
     faults: VecDeque<Hva>,
@@ -119,15 +115,14 @@ pub(crate) struct Served {
     fill: bool,
     ahead: replay::Ahead,
     recording: Option<replay::Recording>,
+    /// All of it is in place and registered no more.
+    detached: bool,
     /// How much the fill installs at a time.
     chunk: background::Chunk,
     /// Userfaultfds of forked children.
     children: Vec<OwnedFd>,
     /// This process's own memory, if that is what is served.
     kept: Vec<GuestRange>,
-    /// Some page is neither in place nor poisoned for good: letting go of the
-    /// memory would let it read as zeroes.
-    must_hold: bool,
     complained: Complaints,
     /// The huge page that was last woken instead of installed.
     woken: Option<Waiter>,
@@ -153,18 +148,28 @@ struct Complaints {
 }
 
 impl Served {
-    /// Serves `slots` of the process that `uffd` belongs to; their page map
-    /// lies in `words`, which [`page_map_words`] made.
+    /// Serves `slots` of the process that `uffd` belongs to; what a successor
+    /// must know of them lies in `state`.
     pub(crate) fn new(
         id: MemoryId,
         uffd: Userfaultfd,
         slots: SlotSet,
-        words: SharedWords,
+        state: State,
         source: &dyn PageSource,
         options: &ServeOptions,
     ) -> Self {
-        let mut engine = Engine::new(slots, words, options.neighbours);
+        let mut engine = Engine::new(slots, state.map, options.neighbours);
         source.visit_zero_ranges(&mut |range| engine.known_zero(range));
+        Self::over(id, uffd, engine, state.record, options)
+    }
+
+    fn over(
+        id: MemoryId,
+        uffd: Userfaultfd,
+        mut engine: Engine<SharedWords>,
+        record: Record,
+        options: &ServeOptions,
+    ) -> Self {
         if let Some(order) = &options.replay {
             engine.replay(order);
         }
@@ -172,17 +177,18 @@ impl Served {
             id,
             uffd: Arc::new(uffd),
             engine,
-            messages: Messages::new(),
+            messages: record.messages(),
+            record,
             faults: VecDeque::new(),
             retry: Retry::default(),
             counters: Counters::new(),
             fill: options.background_fill,
             ahead: replay::Ahead::new(),
             recording: options.record.as_ref().map(replay::Recording::new),
+            detached: false,
             chunk: background::Chunk::new(),
             children: Vec::new(),
             kept: Vec::new(),
-            must_hold: false,
             complained: Complaints::default(),
             woken: None,
             asleep: None,
@@ -214,6 +220,11 @@ impl Served {
     /// Where it is known which pages are present.
     pub(crate) fn map(&self) -> &PageMap<SharedWords> {
         self.engine.map()
+    }
+
+    /// How many processes took this memory over.
+    pub(crate) fn takeovers(&self) -> u64 {
+        self.record.takeovers()
     }
 
     /// The descriptor that is readable while somebody waits.
@@ -337,7 +348,8 @@ impl Served {
         self.end_sharing(Serving::Ended);
     }
 
-    fn end_sharing(&mut self, how: Serving) {
+    /// The same, and why.
+    pub(crate) fn end_sharing(&mut self, how: Serving) {
         if let Some(shared) = self.shared.take() {
             shared.end(how);
             self.counters.brought_by_installers(shared.brought());
@@ -364,6 +376,7 @@ impl Served {
         self.uffd
             .read(&mut self.messages)
             .map_err(|e| Lost::Failed(format!("reading the userfaultfd: {e}")))?;
+        kill::point("read");
         let mut protected = Vec::new();
         for message in self.messages.drain() {
             match message {
@@ -382,6 +395,7 @@ impl Served {
                 }
                 Message::Remove { start, end, .. } => {
                     self.counters.pages_removed += self.engine.removed(Hva(start), Hva(end));
+                    kill::point("removed");
                 }
                 Message::Remap { from, to, len } => {
                     return Err(Lost::Failed(format!(
@@ -397,6 +411,9 @@ impl Served {
                 Message::Unknown(event) => warn!(event, "unknown userfaultfd event"),
             }
         }
+        kill::point("applied");
+        self.messages.clear();
+        kill::point("cleared");
         protected.into_iter().for_each(|hva| self.let_write(hva));
         self.read_outside()
     }
@@ -408,7 +425,8 @@ impl Served {
                     "a fault at {hva} is outside every region of the handshake; its thread is held"
                 );
             }
-            self.must_hold = true;
+            // Letting go of the memory would let it read zeroes.
+            self.record.set(Flag::MustHold);
             return Ok(());
         };
         self.carry_out(plan, since, reads)
@@ -420,6 +438,7 @@ impl Served {
         since: Instant,
         reads: &mut Reads,
     ) -> Result<(), Lost> {
+        kill::point("planned");
         if self.recording.is_some() {
             self.record(plan, since);
         }
@@ -493,6 +512,7 @@ impl Served {
         }
         let run = self.shorten(run, waiter.page, COLD_WINDOW);
         reads.submit(self.background(run, Priority::Demand, Some(waiter)));
+        kill::point("submitted");
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tracing::{error, warn};
 use vmpager_core::queue::Taken;
 use vmpager_core::{Content, Hva, MapSlot, PageRun, SlotSet};
-use vmpager_sys::uffd::{Features, Message, Stop, Userfaultfd};
+use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
 
 use super::{Lost, Served};
 use crate::attach::FaultReader;
@@ -68,6 +68,7 @@ pub(super) struct Outside {
     views: Vec<View>,
     queue: Option<(FaultReader, Vec<MapSlot>)>,
     waiting: Vec<(Waits, u64)>,
+    messages: Messages,
     /// Nobody may write.
     pub(super) frozen: bool,
 }
@@ -173,11 +174,11 @@ impl Served {
         if view.broken {
             return Ok(());
         }
-        if let Err(error) = view.uffd.read(&mut self.messages) {
+        if let Err(error) = view.uffd.read(&mut self.outside.messages) {
             warn!("reading the userfaultfd of another process: {error}; it is served no longer");
             view.broken = true;
         }
-        let messages: Vec<Message> = self.messages.drain().collect();
+        let messages: Vec<Message> = self.outside.messages.drain().collect();
         for message in messages {
             let view = &self.outside.views[at];
             match message {

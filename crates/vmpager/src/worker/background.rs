@@ -9,6 +9,7 @@ use vmpager_core::SourceError;
 use super::{Event, Worker};
 use crate::reads::{MemoryId, Read};
 use crate::served::{Filled, Served};
+use crate::shared::Serving;
 use crate::stats::EndReason;
 
 impl Worker {
@@ -103,7 +104,7 @@ impl Worker {
 
     fn end_filled(&mut self, id: MemoryId) {
         if let Some(mut memory) = self.forget(id) {
-            memory.detach();
+            memory.end_sharing(Serving::Filled);
             let numbers = Box::new(memory.numbers());
             let reason = EndReason::Filled;
             self.tell(Event::Ended { memory: id, reason, numbers, held: None });

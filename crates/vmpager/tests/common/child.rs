@@ -6,7 +6,8 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-const TASK: &str = "VMPAGER_TEST_TASK";
+/// The variable that says what a child does.
+pub(crate) const TASK: &str = "VMPAGER_TEST_TASK";
 /// What a line for the parent starts with; libtest prints lines of its own.
 const MARK: &str = "child: ";
 

@@ -80,6 +80,9 @@ impl Subscriber for Log {
     fn event(&self, event: &Event<'_>) {
         let mut line = format!("{} ", event.metadata().level());
         event.record(&mut Line(&mut line));
+        if std::env::var_os("VMPAGER_TEST_LOG").is_some() {
+            eprintln!("[{}] {line}", std::process::id());
+        }
         self.0.lock().unwrap().push(line);
     }
 

@@ -10,8 +10,9 @@ macro_rules! this_test {
     }};
 }
 
-/// What every test begins with: where there is no userfaultfd nothing can be
+/// What most tests begin with: where there is no userfaultfd nothing can be
 /// tested, children do their part, and nobody takes longer than a minute.
+#[allow(unused_macros, reason = "tests with children of other kinds begin otherwise")]
 macro_rules! begin {
     () => {
         if !$crate::common::have_userfaultfd() || $crate::common::peer::run_if_peer() {
@@ -23,6 +24,7 @@ macro_rules! begin {
 
 pub(crate) mod child;
 pub(crate) mod daemon;
+pub(crate) mod kept;
 pub(crate) mod log;
 pub(crate) mod peer;
 pub(crate) mod source;

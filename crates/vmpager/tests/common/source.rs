@@ -29,6 +29,10 @@ impl PageSource for ShortSource {
         self.inner.len()
     }
 
+    fn fingerprint(&self) -> u64 {
+        self.inner.fingerprint()
+    }
+
     fn visit_zero_ranges(&self, _: &mut dyn FnMut(ByteRange)) {}
 
     fn open_reader(self: Arc<Self>) -> Result<Box<dyn PageReader>, SourceError> {

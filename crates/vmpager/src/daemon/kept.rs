@@ -1,0 +1,183 @@
+//! A daemon with a keeper: peers come by way of it, and what another process was
+//! serving is taken over.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use rustix::event::epoll;
+use tracing::{error, info, warn};
+use vmpager_sys::peer::Peer;
+use vmpager_sys::uffd::Userfaultfd;
+
+use super::front::Front;
+use super::{
+    Daemon, DaemonConfig, DaemonError, DaemonEvent, FIRST_CONNECTION, Workers, session_of,
+    watch_peer,
+};
+use crate::keeper::{Kind, Message, layout, receive, send};
+use crate::kill;
+use crate::reads::MemoryId;
+use crate::served::{Served, State};
+use crate::worker::Command;
+
+/// A keeper, as the process it has started sees it.
+#[derive(Debug)]
+pub struct KeeperLink {
+    channel: OwnedFd,
+    sources: Vec<OwnedFd>,
+}
+
+impl KeeperLink {
+    /// Meets the keeper that started this process, at the other end of `channel`.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn meet(channel: OwnedFd) -> io::Result<Self> {
+        let flags = rustix::event::PollFlags::IN;
+        rustix::event::poll(&mut [rustix::event::PollFd::new(&channel, flags)], None)?;
+        match receive(&channel)? {
+            Some(Message { kind: Kind::Sources, fds, .. }) => Ok(Self { channel, sources: fds }),
+            other => Err(io::Error::other(format!("{other:?} came, not what is to be served"))),
+        }
+    }
+
+    /// What the keeper holds of what is served, in the order it was given.
+    pub fn sources(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.sources)
+    }
+}
+
+impl Daemon {
+    /// Starts the workers of a daemon that may be killed at any time: a keeper
+    /// accepts its peers, and its successor goes on where it was.
+    /// [`DaemonConfig::socket`] and [`DaemonConfig::max_connections`] are the
+    /// keeper's.
+    ///
+    /// # Errors
+    ///
+    /// If the source or the system refuses what a worker needs, or the keeper is
+    /// gone.
+    pub fn kept(config: DaemonConfig, keeper: KeeperLink) -> Result<Self, DaemonError> {
+        let workers = Workers::start(&config)?;
+        let ready = [layout(), config.source.fingerprint(), 0];
+        send(&keeper.channel, Kind::Ready, ready, &[])?;
+        Self::new(config, Front::Keeper { channel: keeper.channel, told_all: false }, workers)
+    }
+
+    /// Somebody comes, or the keeper has something to say. Whether it said to stop.
+    pub(super) fn hear_front(&mut self, watcher: &mut dyn FnMut(DaemonEvent<'_>)) -> bool {
+        loop {
+            let Front::Keeper { channel, .. } = &self.front else {
+                self.accept();
+                return false;
+            };
+            let done = match receive(channel) {
+                Ok(Some(message)) => self.obey(message, watcher),
+                Ok(None) => {
+                    self.keeper_is_gone();
+                    return self.connections.is_empty();
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) => Err(error),
+            };
+            match done {
+                Ok(stop) if stop => return true,
+                Ok(_) => {}
+                Err(error) => error!("from the keeper: {error}"),
+            }
+        }
+    }
+
+    /// Does what the keeper says. Whether that is to stop.
+    fn obey(
+        &mut self,
+        message: Message,
+        watcher: &mut dyn FnMut(DaemonEvent<'_>),
+    ) -> io::Result<bool> {
+        let [peer, number, who] = message.args;
+        let id = peer + FIRST_CONNECTION - 1;
+        match message.kind {
+            Kind::Peer => {
+                let mut fds = message.fds.into_iter();
+                let socket = fds.next().ok_or(io::ErrorKind::InvalidData)?;
+                let [pid, uid] = [who, who >> 32].map(|half| half & 0xffff_ffff);
+                let pid = i32::try_from(pid).unwrap_or(0);
+                let uid = u32::try_from(uid).unwrap_or(u32::MAX);
+                let who = Peer { pid, uid, pidfd: fds.next() };
+                self.welcome(id, UnixStream::from(socket), who, number)?;
+                kill::point("welcomed");
+            }
+            Kind::Memory => self.take_over(id, MemoryId(number), message.memory()?, watcher),
+            Kind::Known => {
+                if let Front::Keeper { told_all, .. } = &mut self.front {
+                    *told_all = true;
+                }
+                for (id, connection) in &self.connections {
+                    watch_peer(&self.epoll, *id, connection)?;
+                }
+                info!(sessions = self.memories.len(), "ready");
+            }
+            Kind::Stop => return Ok(true),
+            kind => return Err(io::Error::other(format!("{kind:?} is not for a worker"))),
+        }
+        Ok(false)
+    }
+
+    /// Goes on serving what another process served.
+    fn take_over(
+        &mut self,
+        id: u64,
+        memory: MemoryId,
+        fds: [OwnedFd; 3],
+        watcher: &mut dyn FnMut(DaemonEvent<'_>),
+    ) {
+        let worker = self.least_busy_worker(id);
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let source = &*self.config.source;
+        let [uffd, map, record] = fds;
+        let served = (|| {
+            let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
+            let state = State::open(map, record, source).map_err(|error| error.to_string())?;
+            Served::take_over(memory, uffd, state, source, &self.config.options)
+                .map_err(|error| error.to_string())
+        })();
+        let session = session_of(id);
+        let peer_pid = connection.pid();
+        let served = match served {
+            Ok(served) => served,
+            // The keeper has its userfaultfd: whoever waits goes on waiting.
+            Err(problem) => {
+                error!(session, peer_pid, "this memory cannot be taken over: {problem}");
+                return;
+            }
+        };
+        let served = connection.adapt(served, &self.config.options);
+        if served.has_failed() {
+            connection.hold(Some(Box::new(served)));
+            return;
+        }
+        connection.add_memory(memory);
+        self.memories.insert(memory, (id, worker));
+        let memory_bytes = served.numbers().memory_bytes;
+        let takeovers = served.takeovers();
+        info!(session, peer_pid, memory_bytes, takeovers, "taken over");
+        watcher(DaemonEvent::SessionStarted { session, peer_pid, memory_bytes });
+        if !self.workers[worker].tell(Command::Serve(Box::new(served))) {
+            error!(session, peer_pid, "the worker thread has ended");
+        }
+    }
+
+    fn keeper_is_gone(&mut self) {
+        if let Some(channel) = self.front.events() {
+            let _ = epoll::delete(&self.epoll, channel);
+        }
+        self.front = Front::Alone;
+        warn!(
+            sessions = self.memories.len(),
+            "the keeper is gone: no VM can connect any more, and nobody would take over from this \
+             process"
+        );
+    }
+}

@@ -1,0 +1,138 @@
+//! What a keeper and its worker tell each other: messages of four words, with
+//! descriptors, on a unix socket that keeps their borders. Both ends are this
+//! program, perhaps in two versions.
+//!
+//! ```text
+//!   keeper                                   worker
+//!     | Sources {fds} ------------------------> |  opens what it serves
+//!     | <----------------- Ready {layout, print} |
+//!     | Peer {peer, memories so far} {fds} ----> |  \  all that is known, then
+//!     | Memory {peer, memory} {fds} -----------> |   } whoever comes
+//!     | Known ---------------------------------> |  /
+//!     | <--------- Keep {peer, memory} {3 fds} -- |  before it is served
+//!     | <--------- Drop {peer, memory} ---------- |
+//!     | <--------- Forget {peer} ---------------- |
+//!     | Stop ----------------------------------> |
+//! ```
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use vmpager_sys::peer::{recv_with_fds, send_with_fds};
+
+/// What a message is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(crate) enum Kind {
+    /// The descriptors of what is served, in the order the keeper was given them.
+    Sources = 1,
+    /// A process has connected: `[peer, memories kept so far, who]`, its socket
+    /// and, if there is one, its pidfd.
+    Peer = 2,
+    /// A memory of a peer: `[peer, memory]`, userfaultfd, page map, record.
+    Memory = 3,
+    /// All that was known has been told.
+    Known = 4,
+    /// End.
+    Stop = 5,
+    /// The worker can take over: `[layout, fingerprint of what it serves]`.
+    Ready = 16,
+    /// Keep this memory: as `Memory`.
+    Keep = 17,
+    /// Keep it no longer: `[peer, memory]`.
+    Drop = 18,
+    /// Nothing more is to be kept of this peer: `[peer]`.
+    Forget = 19,
+    /// A keeper of this protocol: `[layout, fingerprint]`, as its worker's.
+    Hello = 32,
+    /// Hand over all there is.
+    Take = 33,
+    /// What VMMs connect to.
+    Listener = 34,
+    /// It has been taken.
+    Taken = 35,
+}
+
+const KINDS: [Kind; 13] = [
+    Kind::Sources,
+    Kind::Peer,
+    Kind::Memory,
+    Kind::Known,
+    Kind::Stop,
+    Kind::Ready,
+    Kind::Keep,
+    Kind::Drop,
+    Kind::Forget,
+    Kind::Hello,
+    Kind::Take,
+    Kind::Listener,
+    Kind::Taken,
+];
+
+/// A message that has come.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) kind: Kind,
+    pub(crate) args: [u64; 3],
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+impl Message {
+    /// The three descriptors of a memory: userfaultfd, page map, record.
+    pub(crate) fn memory(self) -> io::Result<[OwnedFd; 3]> {
+        let kind = self.kind;
+        self.fds.try_into().map_err(|fds: Vec<OwnedFd>| {
+            invalid(format!("{kind:?} came with {} descriptors, not with 3", fds.len()))
+        })
+    }
+}
+
+const BYTES: usize = 32;
+
+/// Two ends of a connection.
+pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
+}
+
+/// Sends a message. Waits for room only if the socket is a blocking one.
+pub(crate) fn send(
+    socket: impl AsFd,
+    kind: Kind,
+    args: [u64; 3],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let [a, b, c] = args;
+    let words = [kind as u64, a, b, c].map(u64::to_le_bytes);
+    send_with_fds(socket, words.as_flattened(), fds).map(drop)
+}
+
+/// The next message; None at the end, `WouldBlock` if there is none yet.
+pub(crate) fn receive(socket: impl AsFd) -> io::Result<Option<Message>> {
+    let mut bytes = [0; BYTES];
+    let mut fds = Vec::new();
+    let count = loop {
+        match recv_with_fds(&socket, &mut bytes, &mut fds) {
+            // The other end died with messages unread. Said once, before the
+            // messages that it had sent.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+            result => break result?,
+        }
+    };
+    match count {
+        0 => return Ok(None),
+        BYTES => {}
+        _ => return Err(invalid(format!("a message of {count} bytes"))),
+    }
+    let (words, _) = bytes.as_chunks::<8>();
+    let word = |i: usize| words.get(i).map_or(0, |word| u64::from_le_bytes(*word));
+    let kind = KINDS.into_iter().find(|kind| *kind as u64 == word(0));
+    let kind = kind.ok_or_else(|| invalid(format!("a message of kind {}", word(0))))?;
+    Ok(Some(Message { kind, args: [word(1), word(2), word(3)], fds }))
+}
+
+fn invalid(what: String) -> io::Error {
+    let what = format!("{what}; is the other end of another version?");
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}

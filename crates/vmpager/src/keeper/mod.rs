@@ -1,0 +1,373 @@
+//! The keeper: a process that holds what a daemon must not lose, and does next to
+//! nothing else.
+//!
+//! The daemon's work is done by another process, the *worker*. Whatever it needs to
+//! serve a VM, the keeper has a descriptor of, too: the socket the VMM connected by,
+//! its pidfd, each memory's userfaultfd, page map and record. So when the worker is
+//! killed, or crashes, no userfaultfd is closed, nobody reads zeroes, and a new
+//! worker goes on; faults wait meanwhile.
+//!
+//! ```text
+//!                 accept                    messages
+//!   VMM --------> keeper <-------------------------------> worker --> VMM's memory
+//!                   holds descriptors                        serves
+//!                   starts workers                           parses what VMMs send
+//! ```
+//!
+//! The keeper parses nothing a VMM sent. It does not even receive it: workers *look*
+//! at what is in the sockets and leave it there, handshake and userfaultfd alike, so
+//! that the next worker finds it, too ([`look_with_fds`](vmpager_sys::peer::look_with_fds)).
+//! A worker tells the keeper to keep a memory before it reads or installs anything
+//! there. Killed before that, it leaves a handshake that nobody has seen yet; killed
+//! after, a memory to be taken over.
+//!
+//! If the keeper itself is killed, its worker goes on serving the VMs it has and
+//! takes no new ones; nobody is left to take over from it.
+
+mod message;
+mod table;
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::{error, info, warn};
+
+pub(crate) use self::message::{Kind, Message, receive, send};
+use self::table::{Entry, Table};
+use crate::daemon::{DaemonError, listen};
+
+/// The layouts that a worker reads and writes: of page maps, and of records.
+pub(crate) fn layout() -> u64 {
+    vmpager_core::page_map::VERSION << 32 | crate::served::RECORD_VERSION
+}
+
+/// What a keeper needs to know.
+#[derive(Debug)]
+pub struct KeeperConfig {
+    /// Where VMMs connect.
+    pub socket: PathBuf,
+    /// Descriptors of what is served: a worker is given them, so that it opens the
+    /// same files whatever has become of their names.
+    pub sources: Vec<OwnedFd>,
+    /// Starts a worker, which finds the keeper at its standard input.
+    pub worker: Command,
+    /// The most peers connected at a time.
+    pub max_connections: usize,
+    /// The pause before a worker is started again that did not live for
+    /// [`settled`](Self::settled); it doubles with each further one.
+    pub first_pause: Duration,
+    /// The longest pause.
+    pub max_pause: Duration,
+    /// A worker that lived so long is started again at once.
+    pub settled: Duration,
+}
+
+impl KeeperConfig {
+    /// The defaults.
+    pub fn new(socket: impl Into<PathBuf>, worker: Command) -> Self {
+        Self {
+            socket: socket.into(),
+            sources: Vec::new(),
+            worker,
+            max_connections: 4096,
+            first_pause: Duration::from_millis(10),
+            max_pause: Duration::from_secs(5),
+            settled: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Why a keeper ended.
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    /// The socket cannot be had.
+    #[error(transparent)]
+    Socket(#[from] DaemonError),
+    /// A system call that should not fail did.
+    #[error("the keeper: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// The process that serves.
+#[derive(Debug)]
+struct Worker {
+    child: Child,
+    pidfd: OwnedFd,
+    channel: OwnedFd,
+    since: Instant,
+    ready: bool,
+    /// What it has to be told, once it is ready.
+    tell: VecDeque<Tell>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Tell {
+    Entry(Entry),
+    Known,
+    Stop,
+}
+
+/// A keeper.
+#[derive(Debug)]
+pub struct Keeper {
+    config: KeeperConfig,
+    listener: Option<UnixListener>,
+    table: Table,
+    worker: Option<Worker>,
+    /// When to start the next worker, and the pause before the one after it.
+    start_at: Instant,
+    pause: Duration,
+    stop: (UnixStream, UnixStream),
+    stopping: bool,
+    /// When to accept again, after that failed.
+    accept_at: Option<Instant>,
+}
+
+/// After a failure that may pass (no descriptor left).
+const PAUSE: Duration = Duration::from_millis(100);
+
+impl Keeper {
+    /// A keeper that has yet to run.
+    ///
+    /// # Errors
+    ///
+    /// If this process has no descriptor left.
+    pub fn new(config: KeeperConfig) -> io::Result<Self> {
+        let stop = UnixStream::pair()?;
+        stop.0.set_nonblocking(true)?;
+        Ok(Self {
+            pause: Duration::ZERO,
+            config,
+            listener: None,
+            table: Table::default(),
+            worker: None,
+            start_at: Instant::now(),
+            stop,
+            stopping: false,
+            accept_at: None,
+        })
+    }
+
+    /// A socket on which any byte makes [`run`](Self::run) stop: the worker is told
+    /// to end, and is waited for.
+    ///
+    /// # Errors
+    ///
+    /// If the process has no descriptor left.
+    pub fn stopper(&self) -> io::Result<UnixStream> {
+        self.stop.1.try_clone()
+    }
+
+    /// Keeps, and starts workers, until one ends by itself, or the first one cannot
+    /// start. Returns how that ended.
+    ///
+    /// # Errors
+    ///
+    /// If the socket cannot be had, or the keeper's own system calls fail.
+    pub fn run(mut self) -> Result<ExitStatus, KeeperError> {
+        loop {
+            if self.worker.is_none() && self.start_at <= Instant::now() {
+                self.start_worker()?;
+            }
+            let seen = self.wait()?;
+            if seen.stop && !std::mem::replace(&mut self.stopping, true) {
+                let _ = io::Read::read(&mut &self.stop.0, &mut [0; 8]);
+                self.start_at = Instant::now();
+                if let Some(worker) = &mut self.worker {
+                    worker.tell.push_back(Tell::Stop);
+                }
+            }
+            if seen.peer {
+                self.accept();
+            }
+            if seen.heard {
+                self.hear_worker()?;
+            }
+            self.tell_worker();
+            if seen.ended
+                && let Some(status) = self.worker_ended()?
+            {
+                self.end();
+                return Ok(status);
+            }
+        }
+    }
+
+    fn start_worker(&mut self) -> Result<(), KeeperError> {
+        let (ours, theirs) = message::pair()?;
+        let sources: Vec<BorrowedFd<'_>> = self.config.sources.iter().map(AsFd::as_fd).collect();
+        send(&ours, Kind::Sources, [0; 3], &sources)?;
+        rustix::io::ioctl_fionbio(&ours, true).map_err(io::Error::from)?;
+        let child = self.config.worker.stdin(Stdio::from(theirs)).spawn()?;
+        let pid = rustix::process::Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
+        let pidfd = pidfd.map_err(io::Error::from)?;
+        let tell = VecDeque::new();
+        let since = Instant::now();
+        self.worker = Some(Worker { child, pidfd, channel: ours, since, ready: false, tell });
+        Ok(())
+    }
+
+    /// Waits until something happens, or is due.
+    fn wait(&mut self) -> io::Result<Seen> {
+        let now = Instant::now();
+        if self.accept_at.is_some_and(|at| at <= now) {
+            self.accept_at = None;
+        }
+        let room = self.accept_at.is_none() && self.table.peers() < self.config.max_connections;
+        let listener = self.listener.as_ref().filter(|_| room && !self.stopping);
+        let mut fds = vec![PollFd::new(&self.stop.0, PollFlags::IN)];
+        if let Some(worker) = &self.worker {
+            let waits = worker.ready && !worker.tell.is_empty();
+            let out = if waits { PollFlags::OUT } else { PollFlags::empty() };
+            fds.push(PollFd::new(&worker.channel, PollFlags::IN | out));
+            fds.push(PollFd::new(&worker.pidfd, PollFlags::IN));
+        }
+        fds.extend(listener.map(|listener| PollFd::new(listener, PollFlags::IN)));
+        let start = self.worker.is_none().then_some(self.start_at);
+        let due = start.into_iter().chain(self.accept_at).min();
+        let timeout = due.map(|at| at.saturating_duration_since(now));
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut seen = fds.iter().map(|fd| !fd.revents().is_empty());
+        let mut next = || seen.next().unwrap_or(false);
+        let stop = next();
+        let (heard, ended) = if self.worker.is_some() { (next(), next()) } else { (false, false) };
+        Ok(Seen { stop, heard, ended, peer: next() })
+    }
+
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        let welcomed = match listener.accept() {
+            Ok((socket, _)) => self.table.welcome(socket),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => Err(error),
+        };
+        match (welcomed, &mut self.worker) {
+            (Ok(entry), Some(worker)) if worker.ready => worker.tell.push_back(Tell::Entry(entry)),
+            // It will be told when it is ready.
+            (Ok(_), _) => {}
+            (Err(error), _) => {
+                warn!("accepting a connection: {error}; trying again shortly");
+                self.accept_at = Some(Instant::now() + PAUSE);
+            }
+        }
+    }
+
+    /// Does what the worker says.
+    fn hear_worker(&mut self) -> Result<(), KeeperError> {
+        while let Some(worker) = &mut self.worker {
+            match receive(&worker.channel) {
+                Ok(Some(Message { kind: Kind::Ready, .. })) => {
+                    worker.ready = true;
+                    let entries = self.table.entries().map(Tell::Entry);
+                    worker.tell = entries.chain([Tell::Known]).collect();
+                    if self.stopping {
+                        worker.tell.push_back(Tell::Stop);
+                    }
+                    if self.listener.is_none() {
+                        self.listener = Some(listen(&self.config.socket)?);
+                    }
+                }
+                Ok(Some(message)) => {
+                    if let Err(error) = self.table.apply(message) {
+                        error!("the worker process makes no sense: {error}");
+                    }
+                }
+                // Its end is seen by the pidfd.
+                Ok(None) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    error!("hearing the worker process: {error}; it is started again");
+                    let _ = worker.child.kill();
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the worker what there is room for.
+    fn tell_worker(&mut self) {
+        let Some(worker) = self.worker.as_mut().filter(|worker| worker.ready) else { return };
+        while let Some(tell) = worker.tell.front() {
+            let told = match tell {
+                Tell::Entry(entry) => self.table.tell(*entry, &worker.channel),
+                Tell::Known => send(&worker.channel, Kind::Known, [0; 3], &[]),
+                Tell::Stop => send(&worker.channel, Kind::Stop, [0; 3], &[]),
+            };
+            match told {
+                Ok(()) => drop(worker.tell.pop_front()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // Too many descriptors on their way (ETOOMANYREFS): it takes them
+                // out as fast as it can.
+                Err(error) if error.raw_os_error() == Some(TOO_MANY) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    return;
+                }
+                // It has ended, which is seen next.
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// The worker has ended: returns how, if that is the end.
+    fn worker_ended(&mut self) -> Result<Option<ExitStatus>, KeeperError> {
+        // What it said before it died.
+        self.hear_worker()?;
+        let Some(mut worker) = self.worker.take() else { return Ok(None) };
+        let status = worker.child.wait()?;
+        // It says itself that it cannot, before anybody relies on it or for the last
+        // time.
+        let gave_up = status.code().is_some() && !worker.ready;
+        let hopeless = gave_up && (self.stopping || self.listener.is_none());
+        if status.success() || hopeless {
+            return Ok(Some(status));
+        }
+        self.pause = match worker.ready && worker.since.elapsed() >= self.config.settled {
+            true => Duration::ZERO,
+            false => (self.pause * 2).clamp(self.config.first_pause, self.config.max_pause),
+        };
+        self.start_at = Instant::now() + self.pause;
+        error!(
+            peers = self.table.peers(),
+            pause_ms = self.pause.as_millis(),
+            "the worker process ended ({status}); starting another one"
+        );
+        Ok(None)
+    }
+
+    fn end(&self) {
+        if self.table.has_memories() {
+            warn!("some VMs were not let go of");
+        }
+        if self.listener.is_some() {
+            crate::daemon::unlisten(&self.config.socket);
+        }
+        info!("the keeper has ended");
+    }
+}
+
+/// ETOOMANYREFS.
+const TOO_MANY: i32 = rustix::io::Errno::TOOMANYREFS.raw_os_error();
+
+/// What has happened.
+#[derive(Debug)]
+struct Seen {
+    stop: bool,
+    /// The worker has said something.
+    heard: bool,
+    /// It has ended.
+    ended: bool,
+    /// Somebody connects.
+    peer: bool,
+}
