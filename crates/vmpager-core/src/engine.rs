@@ -18,7 +18,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::addr::{ByteRange, Hva, PageRun, PageSize};
-use crate::huge::HugePieces;
+use crate::huge::{HugePieces, piece_at};
 use crate::page_map::{Content, PageMap, Words};
 use crate::pages::Pages;
 use crate::prefetch::{FillPace, NeighbourPolicy, Neighbours, Replay, ReplayCounts};
@@ -76,6 +76,15 @@ pub enum FillPlan {
     Wait,
     /// Every page that shall have memory has it.
     Complete,
+}
+
+/// 2 MiB to bring in whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WholePiece {
+    /// All its pages, which are absent.
+    pub piece: PageRun,
+    /// Those to be read, which are claimed. The others are zeroes.
+    pub reads: Vec<PageRun>,
 }
 
 /// Takes the decisions for the memory one userfaultfd serves.
@@ -146,6 +155,38 @@ impl<W: Words> Engine<W> {
     /// are in place.
     pub fn next_whole_piece(&mut self) -> Option<PageRun> {
         self.huge.as_mut()?.next_whole(self.pages.map())
+    }
+
+    /// The 2 MiB around a page, if all of them may be brought in at once: none is
+    /// present, in flight, given back or poisoned, and some are to be read.
+    pub fn claim_piece(&self, page: u64) -> Option<WholePiece> {
+        let map = self.pages.map();
+        let (piece, _) = piece_at(self.pages.slots(), page);
+        let piece = piece?;
+        let mut reads = Vec::new();
+        let mut at = piece.first;
+        while at < piece.end() {
+            let claimed = map.claim_up(at, piece.end() - at);
+            if claimed > 0 {
+                reads.push(PageRun::new(at, claimed));
+                at += claimed;
+            } else if !map.is_present(at) && map.next_holes(PageRun::new(at, 1)).is_some() {
+                at += 1;
+            } else {
+                reads.iter().for_each(|run| {
+                    map.release(*run);
+                });
+                return None;
+            }
+        }
+        (!reads.is_empty()).then_some(WholePiece { piece, reads })
+    }
+
+    /// The same of the next 2 MiB that the background fill comes to.
+    pub fn next_fill_piece(&self) -> Option<WholePiece> {
+        let all = PageRun::new(0, self.pages.map().pages());
+        let next = self.pages.map().next_source(tail(all, self.cursor))?;
+        self.claim_piece(next)
     }
 
     /// Whether pages arrived that [`next_whole_piece`](Self::next_whole_piece)

@@ -83,7 +83,7 @@ fn place(first: u64) -> (usize, u64) {
 
 /// The piece that a page lies in, if it lies in a whole one; and the first page
 /// after it, or after the part of the slot that is in none.
-fn piece_at(slots: &SlotSet, page: u64) -> (Option<PageRun>, u64) {
+pub(crate) fn piece_at(slots: &SlotSet, page: u64) -> (Option<PageRun>, u64) {
     let (slot, all) = slots.slot_of(page);
     if slot.page_size != PageSize::Size4K {
         return (None, all.end());

@@ -38,7 +38,7 @@ pub mod source;
 mod sync;
 
 pub use addr::{ByteRange, Hva, PageRun, PageSize};
-pub use engine::{Engine, FaultPlan, FillPlan, Piece};
+pub use engine::{Engine, FaultPlan, FillPlan, Piece, WholePiece};
 pub use installer::{PageInstaller, Resolution, WatchedInstaller, Watcher};
 pub use page_map::{Content, LoadWords, MapSlot, PageMap, Words};
 pub use pages::Pages;

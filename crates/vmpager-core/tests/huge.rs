@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU64;
 use proptest::prelude::*;
 use vmpager_core::page_map::words_for;
 use vmpager_core::prefetch::NeighbourPolicy;
-use vmpager_core::{Engine, Hva, PageSize, Slot, SlotSet};
+use vmpager_core::{ByteRange, Content, Engine, Hva, PageRun, PageSize, Slot, SlotSet};
 
 const BASE: u64 = 0x7f00_0000_0000;
 const PIECE: u64 = 512;
@@ -119,4 +119,92 @@ fn nobody_who_did_not_ask_is_told() {
     let mut engine: Engine<Vec<AtomicU64>> = Engine::new(slots, words, NeighbourPolicy::Off);
     arrive(&mut engine, BASE, 1024);
     assert_eq!(told(&mut engine), []);
+}
+
+/// What may come to a page before a piece is asked for.
+#[derive(Clone, Copy, Debug)]
+enum Before {
+    Arrives,
+    GivenBack,
+    InFlight,
+    Poisoned,
+}
+
+proptest! {
+    /// A piece is claimed if every page of it is absent and still to come, from
+    /// the source or a small hole of it; then all that are to be read are claimed.
+    /// If not, nothing changes.
+    #[test]
+    fn pieces_are_claimed_whole_or_not_at_all(
+        before in 0..600_u64,
+        pages in [1..2000_u64, 1..1500_u64],
+        holes in prop::collection::vec(
+            (0..3000_u64, prop_oneof![1..40_u64, 400..511_u64]),
+            0..6,
+        ),
+        steps in prop::collection::vec(
+            (
+                prop::sample::select(vec![
+                    Before::Arrives, Before::GivenBack, Before::InFlight, Before::Poisoned,
+                ]),
+                0..3500_u64,
+                1..200_u64,
+            ),
+            0..5,
+        ),
+        asked in prop::collection::vec(0..3500_u64, 1..6),
+    ) {
+        let mut engine = engine(slots(before, pages, 0));
+        for (first, count) in holes {
+            engine.known_zero(ByteRange::new(first * 4096, count * 4096));
+        }
+        for (what, at, count) in steps {
+            let (hva, end) = (Hva(BASE + at * 4096), Hva(BASE + (at + count) * 4096));
+            let runs: Vec<_> = engine.slots().runs_within(hva, end).collect();
+            for run in runs {
+                match what {
+                    Before::GivenBack => _ = engine.removed(hva, end),
+                    Before::Arrives => {
+                        engine.map().claim_up(run.first, run.count);
+                        engine.installed(run);
+                    }
+                    Before::InFlight => _ = engine.map().claim_up(run.first, run.count),
+                    Before::Poisoned => {
+                        let claimed = engine.map().claim_up(run.first, run.count);
+                        engine.poisoned(PageRun::new(run.first, claimed));
+                    }
+                }
+            }
+        }
+        for page in asked.into_iter().filter(|page| *page < engine.map().pages()) {
+            let (slot, all) = engine.slots().slot_of(page);
+            let hva = (slot.hva.0 + (page - all.first) * 4096) & !((PIECE * 4096) - 1);
+            let first = engine.slots().page_at(Hva(hva)).filter(|first| all.pages().contains(first));
+            let first = first.filter(|first| first + PIECE <= all.end());
+            let state = |page: u64| (engine.map().content(page), engine.map().is_present(page));
+            let is_hole = |page: u64| engine.map().next_holes(PageRun::new(page, 1)).is_some();
+            let to_come = |page: u64| match state(page) {
+                (Content::Source, false) => true,
+                (Content::Zero, false) => is_hole(page),
+                _ => false,
+            };
+            let states: Vec<_> = (0..engine.map().pages()).map(state).collect();
+            let source = |page: &u64| states[usize::try_from(*page).unwrap()].0 == Content::Source;
+            let expected = first.filter(|first| {
+                let mut pages = *first..first + PIECE;
+                pages.clone().all(to_come) && pages.any(|page| source(&page))
+            });
+            let claimed = engine.claim_piece(page);
+            prop_assert_eq!(claimed.as_ref().map(|whole| whole.piece.first), expected);
+            let read: Vec<u64> =
+                claimed.iter().flat_map(|whole| &whole.reads).flat_map(PageRun::pages).collect();
+            for (page, before) in (0..).zip(&states) {
+                let now = if read.contains(&page) { (Content::Claimed, false) } else { *before };
+                prop_assert_eq!(state(page), now, "page {}", page);
+            }
+            let wanted = claimed.iter().flat_map(|whole| whole.piece.pages()).filter(source);
+            prop_assert_eq!(&read, &wanted.collect::<Vec<_>>());
+            // The next one finds them in flight.
+        }
+    }
 }

@@ -438,6 +438,19 @@ impl GuestRange {
             .collect()
     }
 
+    /// Has the kernel use huge pages where it can (`MADV_HUGEPAGE`).
+    ///
+    /// # Errors
+    ///
+    /// If it has none.
+    pub fn want_huge_pages(&self) -> io::Result<()> {
+        let len = usize::try_from(self.len).map_err(io::Error::other)?;
+        let at = ptr::without_provenance_mut(usize::try_from(self.hva).map_err(io::Error::other)?);
+        // SAFETY: the range is mapped while `_keep` lives; which pages the kernel
+        // chooses changes no contents.
+        Ok(unsafe { mm::madvise(at, len, Advice::LinuxHugepage) }?)
+    }
+
     /// First address.
     pub fn hva(&self) -> u64 {
         self.hva

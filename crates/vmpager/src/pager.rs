@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
+use tracing::info;
 use vmpager_core::prefetch::NeighbourPolicy;
 use vmpager_core::{Hva, PageSize, PageSource, Slot, SlotError, SlotSet, SourceError};
 use vmpager_store::profile::{Profile, Recorder};
@@ -245,25 +246,25 @@ impl PagerBuilder {
             owner: doorbell.clone(),
             max_polling: self.max_polling,
         })?;
+        let options = self.options;
+        // All pages shall come: whoever touches one may as well have its 2 MiB.
+        let moves = options.huge_pages && options.background_fill && uffd.can_move();
         for (range, _, _) in &self.regions {
+            if moves && let Err(error) = range.want_huge_pages() {
+                info!("no huge pages at {:#x}: {error}", range.hva());
+            }
             uffd.register_missing(range).map_err(|error| PagerError::Register {
                 hva: Hva(range.hva()),
                 len: range.len(),
                 error,
             })?;
         }
-        let mut options = self.options;
-        if options.huge_pages && options.background_fill {
-            // Whoever touches a piece first has all of it brought: all of it
-            // shall come anyway, and only a whole one can be moved in.
-            options.neighbours = NeighbourPolicy::WHOLE_PIECES;
-        }
         let mut served = Served::new(memory, uffd, slots, state, &*self.source, &options)
             .of_process(rustix::process::getpid().as_raw_pid())
             .keeping(self.regions.into_iter().map(|(range, _, _)| range).collect());
         if options.huge_pages {
             served = served.making_huge_pages(own_pidfd()?);
-            if options.background_fill {
+            if moves {
                 served = served.moving_pieces();
             }
         }

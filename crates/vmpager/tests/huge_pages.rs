@@ -5,13 +5,17 @@
 mod common;
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::daemon::Running;
 use common::peer::PeerPlan;
-use common::{HUGE, Holds, PAGE, assert_is_source, eventually, numbered, page, range};
+use common::{HUGE, Holds, PAGE, assert_is_source, eventually, faulty, numbered, page, range};
+use vmpager::core::ByteRange;
 use vmpager::{EndReason, Pager};
+use vmpager_store::MemorySource;
+use vmpager_store::faulty::Times;
 use vmpager_sys::memory::Mapping;
 use vmpager_sys::uffd::{Features, Userfaultfd};
 
@@ -22,11 +26,7 @@ fn have_huge_pages() -> bool {
     let memory = Mapping::for_pager(HUGE).unwrap();
     memory.populate(0..HUGE).unwrap();
     let pidfd = vmpager_sys::peer::own_pidfd().unwrap();
-    let made = vmpager_sys::collapse::collapse(
-        std::os::fd::AsFd::as_fd(&pidfd),
-        memory.hva(),
-        HUGE as u64,
-    );
+    let made = vmpager_sys::collapse::collapse(pidfd.as_fd(), memory.hva(), HUGE as u64);
     if let Err(error) = made {
         vmpager_testing::skipped(&format!("no transparent huge pages: {error}"));
     }
@@ -105,16 +105,17 @@ fn memory_on_demand_comes_to_lie_in_huge_pages_where_it_is_whole() {
     assert_eq!(page(&memory, HUGE + 9 * PAGE), Holds::Zero);
 }
 
-/// Who does not ask for it gets none; and memory that may have no huge pages
-/// is filled all the same.
+/// Who does not ask for it gets none; and memory into which the kernel moves no
+/// pages is filled all the same.
 #[test]
-fn where_there_shall_be_none_there_are_none() {
+fn where_none_can_be_moved_memory_is_filled_all_the_same() {
     begin!();
+    let memfd = vmpager_sys::memfd::sealed("memory", 2 * HUGE as u64).unwrap();
     for (huge, memory) in [
-        (false, Mapping::for_pager(2 * HUGE).unwrap()),
-        (true, Mapping::anonymous(2 * HUGE).unwrap()),
+        (false, Mapping::for_pager(2 * HUGE)),
+        (true, Mapping::file_shared(memfd.as_fd(), 2 * HUGE)),
     ] {
-        let memory = Arc::new(memory);
+        let memory = Arc::new(memory.unwrap());
         let pager = Pager::builder(numbered(2 * PIECE))
             .region(&range(&memory), 0)
             .background_fill(true)
@@ -122,14 +123,18 @@ fn where_there_shall_be_none_there_are_none() {
             .start()
             .unwrap();
         assert!(pager.wait_filled(Duration::from_secs(20)));
-        assert_eq!(pager.stats().pages_huge, 0);
+        let stats = pager.stats();
+        assert_eq!(stats.pages_moved, 0, "{stats:?}");
+        assert_eq!(stats.bytes_read, 2 * HUGE as u64, "{stats:?}");
+        assert!(huge || stats.pages_huge == 0, "{stats:?}");
         assert_is_source(&memory, 0);
     }
 }
 
-/// Pieces that are to be filled are moved in whole, demanded or not. The tail of
-/// the memory and a piece that was written to before are copied; so may be one of
-/// which a page is given back.
+/// Pieces that are to be filled are moved in whole, demanded or not, small holes
+/// of the source included. The tail of the memory, a piece that was written to
+/// before and one in a large hole are not; one of which a page is given back may
+/// be or not.
 #[test]
 fn pieces_of_this_process_are_moved_in_whole() {
     begin!();
@@ -140,11 +145,16 @@ fn pieces_of_this_process_are_moved_in_whole() {
         vmpager_testing::skipped("this kernel cannot move pages");
         return;
     }
-    const PAGES: usize = 6 * PIECE + 3;
+    const PAGES: usize = 7 * PIECE + 3;
+    let hole =
+        |first: usize, count: usize| ByteRange::new((first * PAGE) as u64, (count * PAGE) as u64);
+    let holes =
+        vec![hole(0, 1), hole(PIECE + 10, 3), hole(2 * PIECE - 1, 2), hole(6 * PIECE, PIECE)];
+    let source = MemorySource::numbered(PAGES as u64).with_zero_ranges(holes.clone());
     let memory = Arc::new(Mapping::for_pager(PAGES * PAGE).unwrap());
     // There before the pager is.
     memory.write_u64(3 * HUGE, 7);
-    let pager = Pager::builder(numbered(PAGES))
+    let pager = Pager::builder(Arc::new(source))
         .region(&range(&memory), 0)
         .background_fill(true)
         .huge_pages(true)
@@ -155,20 +165,48 @@ fn pieces_of_this_process_are_moved_in_whole() {
     assert_eq!(page(&memory, 6 * HUGE - PAGE), Holds::Source(6 * HUGE - PAGE));
     assert!(pager.wait_filled(Duration::from_secs(20)));
 
+    let is_hole = |at: usize| {
+        let byte = (at * PAGE) as u64;
+        holes.iter().any(|hole| (hole.start..hole.end()).contains(&byte))
+    };
     for at in 0..PAGES {
         let expected = match at {
             _ if at == 3 * PIECE => continue,
-            _ if at == 4 * PIECE + 5 => Holds::Zero,
+            _ if at == 4 * PIECE + 5 || is_hole(at) => Holds::Zero,
             _ => Holds::Source(at * PAGE),
         };
         assert_eq!(page(&memory, at * PAGE), expected, "page {at}");
     }
     assert_eq!(memory.read_u64(3 * HUGE), 7);
     let stats = pager.stats();
-    assert_eq!(stats.pages_moved % PIECE as u64, 0, "{stats:?}");
     let whole = stats.pages_moved / PIECE as u64;
     assert!((4..=5).contains(&whole), "{stats:?}");
-    // All whole pieces lie in huge pages in the end, however they came.
+    assert_eq!(stats.pages_moved % PIECE as u64, 0, "{stats:?}");
+    // Moved or copied, whole pieces lie in huge pages in the end.
     assert!((5..=6).contains(&(stats.pages_huge / PIECE as u64)), "{stats:?}");
-    assert_eq!(huge_kib(i32::try_from(std::process::id()).unwrap()) % 2048, 0);
+}
+
+/// A source that fails, and bytes that are not at hand, come the ordinary way.
+#[test]
+fn what_cannot_be_moved_is_copied() {
+    begin!();
+    if !have_huge_pages() {
+        return;
+    }
+    let source = faulty(3 * PIECE);
+    source.never_at_hand();
+    source.fail(ByteRange::new((HUGE + 9 * PAGE) as u64, PAGE as u64), Times::Always);
+    let memory = Arc::new(Mapping::for_pager(3 * HUGE).unwrap());
+    let pager = Pager::builder(source.clone())
+        .region(&range(&memory), 0)
+        .background_fill(true)
+        .huge_pages(true)
+        .start()
+        .unwrap();
+    for at in (0..3 * PIECE).filter(|at| *at != PIECE + 9).rev() {
+        assert_eq!(page(&memory, at * PAGE), Holds::Source(at * PAGE), "page {at}");
+    }
+    eventually("the page that cannot be had is poisoned", || pager.stats().pages_poisoned == 1);
+    let stats = pager.stats();
+    assert_eq!((stats.pages_moved, stats.pages_missing), (0, 0), "{stats:?}");
 }

@@ -25,11 +25,6 @@ pub enum NeighbourPolicy {
     },
 }
 
-impl NeighbourPolicy {
-    /// All 2 MiB around a demanded page at once.
-    pub const WHOLE_PIECES: Self = Self::Adaptive { first_window_shift: REGION_SHIFT };
-}
-
 impl Default for NeighbourPolicy {
     /// Adaptive from one page on: an isolated touch costs one page.
     fn default() -> Self {

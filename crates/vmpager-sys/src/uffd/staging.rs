@@ -33,21 +33,41 @@ impl Staging {
     /// If there is no address space left, or the kernel has no transparent huge
     /// pages.
     pub fn new() -> io::Result<Self> {
-        let mapping = Mapping::for_pager(Self::BYTES)?;
-        mapping.want_huge_pages()?;
-        Ok(Self { mapping })
+        Ok(Self { mapping: Self::fresh()? })
     }
 
-    /// Has the kernel copy all of it from `src`, an address of this process.
+    fn fresh() -> io::Result<Mapping> {
+        let mapping = Mapping::for_pager(Self::BYTES)?;
+        mapping.want_huge_pages()?;
+        Ok(mapping)
+    }
+
+    /// Makes it all zeroes.
     ///
     /// # Errors
     ///
-    /// `EFAULT` if not all of it can be read (the end of a mapped file, say);
+    /// If there is no address space left.
+    pub fn clear(&mut self) -> io::Result<()> {
+        // Where the last piece was moved page by page, page tables are left, and
+        // with them no huge page would come.
+        self.mapping = Self::fresh()?;
+        Ok(())
+    }
+
+    /// Has the kernel copy `len` bytes from `src`, an address of this process.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` if not all of them can be read (the end of a mapped file, say);
     /// `ENOMEM`.
-    pub fn load(&self, src: usize) -> io::Result<()> {
+    ///
+    /// # Panics
+    ///
+    /// If they reach beyond the end.
+    pub fn load(&mut self, offset: usize, src: usize, len: usize) -> io::Result<()> {
         let mut done = 0;
-        while done < Self::BYTES {
-            done += self.load_part(src + done, done..Self::BYTES)?;
+        while done < len {
+            done += self.load_part(src + done, offset + done..offset + len)?;
         }
         Ok(())
     }
@@ -76,6 +96,10 @@ impl Userfaultfd {
     /// Moves what was loaded to `dst`, all of whose pages must be absent, and
     /// wakes their waiters. The memory must be this process's own, private and
     /// anonymous, and allow the same access as the staging memory: all.
+    ///
+    /// Pages stay huge where the kernel has no page table yet, so not where
+    /// somebody has faulted, unless the memory [wants huge
+    /// pages](crate::memory::GuestRange::want_huge_pages).
     ///
     /// What was not moved (`bytes` tells how much was) is to be installed
     /// otherwise.

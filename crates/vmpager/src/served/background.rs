@@ -7,7 +7,6 @@ use tracing::{error, warn};
 use vmpager_core::{FillPlan, PageData, PageRun, PageSize, Piece, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
-use super::huge::PIECE;
 use super::install::{FIRST_RETRY, LAST_RETRY, Put, PutEnd};
 use super::{Flag, Leftover, Lost, Served, at_hand};
 use crate::kill;
@@ -198,9 +197,17 @@ impl Served {
         if !self.may_fill(reads) {
             return Ok(Filled::Wait);
         }
+        if self.moves_pieces()
+            && let Some(whole) = self.engine.next_fill_piece()
+        {
+            let pages = self.bring_piece(&whole, reads);
+            self.counters.pages_fill += pages;
+            if pages > 0 {
+                return Ok(Filled::Some);
+            }
+        }
         // In base pages, also where the memory is made of huge ones.
         let piece = self.engine.fill_piece();
-        let piece = if self.moves_pieces() { piece.max(PIECE) } else { piece };
         let until = Instant::now() + LONG;
         let mut done = 0;
         while done < piece && self.may_fill(reads) && (done == 0 || Instant::now() < until) {
@@ -247,12 +254,6 @@ impl Served {
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
                 let src = data.address();
-                if self.is_movable(run) {
-                    let end = self.put(run, Put::Bytes(src))?;
-                    self.count_installed(run, None, end.pages);
-                    self.put_off_rest(end, reads)?;
-                    return Ok(run);
-                }
                 self.fill_from(run, src, until, reads)
             }
             Ok(None) => {

@@ -15,11 +15,12 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use tracing::{info, warn};
-use vmpager_core::{PageRun, PageSize};
+use vmpager_core::{PageRun, PageSize, WholePiece};
 use vmpager_sys::collapse::collapse;
 use vmpager_sys::uffd::{Installed, Staging};
 
-use super::Served;
+use super::{Served, at_hand};
+use crate::reads::Reads;
 
 /// How long nobody must have faulted.
 const QUIET: Duration = Duration::from_millis(50);
@@ -42,9 +43,6 @@ pub(super) struct Huge {
     staging: Option<Staging>,
 }
 
-/// Base pages in a piece.
-pub(super) const PIECE: u64 = PageSize::Size2M.bytes() / PageSize::Size4K.bytes();
-
 impl Served {
     /// Makes huge pages of what is in place in the process of that pidfd.
     pub(crate) fn making_huge_pages(mut self, process: OwnedFd) -> Self {
@@ -54,11 +52,9 @@ impl Served {
         self
     }
 
-    /// Moves whole pieces into this process's memory, if the kernel can.
+    /// Moves whole pieces into this process's memory.
     pub(crate) fn moving_pieces(mut self) -> Self {
-        if let Some(huge) = &mut self.huge
-            && self.uffd.can_move()
-        {
+        if let Some(huge) = &mut self.huge {
             huge.staging = Staging::new()
                 .inspect_err(|error| info!("pieces are copied, not moved: {error}"))
                 .ok();
@@ -68,31 +64,58 @@ impl Served {
 
     /// Whether pieces may be moved in whole.
     pub(super) fn moves_pieces(&self) -> bool {
-        self.huge.as_ref().is_some_and(|huge| huge.staging.is_some())
+        !self.outside.frozen && self.huge.as_ref().is_some_and(|huge| huge.staging.is_some())
     }
 
-    /// Whether a claimed run is a piece that may be moved in whole.
-    pub(super) fn is_movable(&self, run: PageRun) -> bool {
-        let aligned = |hva: u64| hva.is_multiple_of(PageSize::Size2M.bytes());
-        run.count == PIECE
-            && self.moves_pieces()
-            && !self.outside.frozen
-            && self.engine.slots().slot_of(run.first).0.page_size == PageSize::Size4K
-            && aligned(self.address(run).0.0)
+    /// Brings in a whole piece that is claimed, if its bytes are at hand. What
+    /// cannot be moved is given back. Returns the pages that are in place.
+    pub(super) fn bring_piece(&mut self, whole: &WholePiece, reads: &mut Reads) -> u64 {
+        let (hva, _) = self.address(whole.piece);
+        let prepared = self.prepare(whole, reads).is_some();
+        let staging = self.huge.as_ref().and_then(|huge| huge.staging.as_ref());
+        let moved = match staging.filter(|_| prepared) {
+            Some(staging) => self.uffd.move_in(staging, hva.0),
+            None => Installed { bytes: 0, stop: None },
+        };
+        let done = PageRun::new(whole.piece.first, moved.bytes >> PageSize::Size4K.shift());
+        self.installed(done);
+        for run in &whole.reads {
+            let first = run.first.max(done.end());
+            let left = PageRun::new(first, run.end().saturating_sub(first));
+            self.engine.released(left);
+        }
+        self.tell_installers();
+        if prepared {
+            self.moved(&moved);
+        }
+        self.counters.pages_moved += done.count;
+        let read = |run: &PageRun| run.end().min(done.end()).saturating_sub(run.first);
+        let pages: u64 = whole.reads.iter().map(read).sum();
+        self.counters.bytes_read += pages << PageSize::Size4K.shift();
+        done.count
     }
 
-    /// Moves a movable run in, whose bytes are at `src`. `None` if they cannot be
-    /// prepared.
-    pub(super) fn move_in(&mut self, run: PageRun, src: usize) -> Option<Installed> {
-        let (hva, _) = self.address(run);
-        let huge = self.huge.as_mut()?;
-        let staging = huge.staging.as_ref()?;
-        // Who copies them instead finds out what is wrong with them.
-        staging.load(src).ok()?;
-        let moved = self.uffd.move_in(staging, hva.0);
+    /// Has all bytes of a piece in the staging memory. `None` if they are not at
+    /// hand, or cannot be had: who brings them otherwise finds out why.
+    fn prepare(&mut self, whole: &WholePiece, reads: &mut Reads) -> Option<()> {
+        let piece = self.address(whole.piece).0;
+        let staging = self.huge.as_mut()?.staging.as_mut()?;
+        staging.clear().ok()?;
+        for run in &whole.reads {
+            let (hva, range) = self.engine.slots().locate(*run);
+            let data = at_hand(&mut *reads.reader, range).ok()??;
+            let offset = usize::try_from(hva.0 - piece.0).ok()?;
+            staging.load(offset, data.address(), data.len()).ok()?;
+        }
+        Some(())
+    }
+
+    /// How a move ended.
+    fn moved(&mut self, moved: &Installed) {
+        let Some(huge) = &mut self.huge else { return };
         if moved.bytes > 0 {
             huge.refused_in_a_row = 0;
-            return Some(moved);
+            return;
         }
         huge.refused_in_a_row += 1;
         if huge.refused_in_a_row >= ENOUGH {
@@ -100,7 +123,6 @@ impl Served {
             huge.staging = None;
             huge.refused_in_a_row = 0;
         }
-        Some(moved)
     }
 
     /// When the next huge page may be made, if there may be one to make.

@@ -118,17 +118,6 @@ impl Served {
     pub(super) fn put(&mut self, run: PageRun, what: Put) -> Result<PutEnd, Lost> {
         let mut pages = 0;
         let mut left = run;
-        if let Put::Bytes(src) = what
-            && self.is_movable(run)
-            && let Some(moved) = self.move_in(run, src)
-        {
-            // Whatever stopped it stops copying the rest too, or does not.
-            let done = PageRun::new(run.first, moved.bytes >> PageSize::Size4K.shift());
-            self.installed(done);
-            self.counters.pages_moved += done.count;
-            pages = done.count;
-            left = PageRun::new(done.end(), run.count - done.count);
-        }
         // The most pages to try at once.
         let mut most = run.count;
         while left.count > 0 {
@@ -212,7 +201,7 @@ impl Served {
         }
     }
 
-    fn installed(&mut self, run: PageRun) {
+    pub(super) fn installed(&mut self, run: PageRun) {
         self.engine.installed(run);
         kill::point("published");
         self.tell_installers();
@@ -221,7 +210,7 @@ impl Served {
         }
     }
 
-    fn tell_installers(&self) {
+    pub(super) fn tell_installers(&self) {
         if let Some(shared) = &self.shared {
             shared.changed();
         }

@@ -419,6 +419,11 @@ impl Served {
     }
 
     fn fault(&mut self, hva: Hva, since: Instant, reads: &mut Reads) -> Result<(), Lost> {
+        let page = self.engine.slots().page_at(hva);
+        if page.is_some_and(|page| self.fault_by_piece(page, since, reads)) {
+            self.engine.demanded();
+            return Ok(());
+        }
         let Some(plan) = self.engine.fault(hva) else {
             if !std::mem::replace(&mut self.complained.outside, true) {
                 error!(
@@ -430,6 +435,23 @@ impl Served {
             return Ok(());
         };
         self.carry_out(plan, since, reads)
+    }
+
+    /// Brings in the whole piece around a page somebody waits for, if pieces are
+    /// moved, this one can be, and its bytes are at hand. Whether it did.
+    fn fault_by_piece(&mut self, page: u64, since: Instant, reads: &mut Reads) -> bool {
+        let moves = self.moves_pieces();
+        let Some(whole) = moves.then(|| self.engine.claim_piece(page)).flatten() else {
+            return false;
+        };
+        let pages = self.bring_piece(&whole, reads);
+        if page >= whole.piece.first + pages {
+            return false;
+        }
+        self.counters.pages_demand += 1;
+        self.counters.pages_neighbour += pages - 1;
+        self.stalled(Waiter { page, since });
+        true
     }
 
     fn carry_out(
