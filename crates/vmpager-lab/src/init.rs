@@ -26,7 +26,7 @@ const REPORT: &str = "/dev/ttyS1";
 pub(crate) fn run() -> ExitCode {
     let result = mounts().and_then(|()| {
         let command_line = CommandLine::read()?;
-        if command_line.value("lab.load").is_some() {
+        if ["lab.load", "lab.walk"].iter().any(|name| command_line.value(name).is_some()) {
             guest::run(&command_line)
         } else {
             host(&command_line)

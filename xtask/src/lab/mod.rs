@@ -33,6 +33,9 @@ use tally::Tally;
 /// has failed the first time.
 const ATTEMPTS: usize = 3;
 
+/// The boot of tests that are only run when asked for.
+const LONG: &str = "long";
+
 /// Options of `cargo xtask lab`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "A kernel is a bzImage, a Debian kernel package (.deb), or a directory\n\
@@ -48,6 +51,9 @@ pub(crate) struct LabArgs {
     /// Only run tests whose name has this in it.
     #[arg(long, value_name = "TEXT", default_value = "")]
     filter: String,
+    /// Also run the tests that take minutes.
+    #[arg(long, env = "VMPAGER_LAB_LONG")]
+    long: bool,
     /// Print the tests and run none.
     #[arg(long)]
     list: bool,
@@ -59,12 +65,18 @@ pub(crate) struct LabArgs {
     limit: u64,
 }
 
+impl LabArgs {
+    fn wants(&self, case: &Case) -> bool {
+        case.name.contains(&self.filter) && (self.long || case.boot != LONG)
+    }
+}
+
 /// Builds, boots, watches; fails if any test failed or did not run.
 pub(crate) fn run(root: &Path, args: &LabArgs) -> anyhow::Result<()> {
     let target = root.join("target").join("lab");
     let programs = build::programs(root, &target)?;
     let cases: Vec<Case> =
-        build::cases(&programs)?.into_iter().filter(|c| c.name.contains(&args.filter)).collect();
+        build::cases(&programs)?.into_iter().filter(|case| args.wants(case)).collect();
     if cases.is_empty() {
         bail!("no test has `{}` in its name; --list prints them all", args.filter);
     }

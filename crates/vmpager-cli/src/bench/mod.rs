@@ -1,6 +1,7 @@
 //! `vmpager bench`: measurements, side by side with the floor or a peer in one
 //! run.
 
+mod apf;
 mod attach;
 mod exit;
 mod fault;
@@ -18,6 +19,9 @@ pub(crate) enum BenchCommand {
     /// Missing pages as vCPU exits, against vCPUs that wait in the kernel and
     /// against an oracle that knows the next page.
     Exit(exit::ExitArgs),
+    /// Asynchronous page faults: a Linux guest in which one task computes and others
+    /// wait for pages.
+    Apf(apf::ApfArgs),
     /// Packed images: how small, how fast to make, how fast to restore from.
     Image(image::ImageArgs),
     /// Memory shared between processes: faults of one that takes part against
@@ -32,6 +36,7 @@ pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
     match command {
         BenchCommand::Fault(args) => fault::run(args),
         BenchCommand::Exit(args) => exit::run(args),
+        BenchCommand::Apf(args) => apf::run(args),
         BenchCommand::Image(args) => image::run(args),
         BenchCommand::Attach(args) => attach::run(args),
         BenchCommand::Restore(args) => restore::run(args),

@@ -1,5 +1,6 @@
 //! `vmpager vm`: the reference microVM, run, saved and restored.
 
+mod async_pf;
 mod control;
 mod outcome;
 mod protocol;
@@ -12,6 +13,8 @@ mod terminal;
 use std::process::ExitCode;
 
 use clap::Subcommand;
+
+pub(crate) use async_pf::AsyncPf;
 
 /// Commands of `vmpager vm`.
 #[derive(Clone, Debug, Subcommand)]

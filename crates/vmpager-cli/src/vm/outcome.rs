@@ -1,11 +1,12 @@
 //! How a VM's run ended, and what its process says of it.
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use serde::Serialize;
-use vmpager_vm::{ApfStats, ExitStats, GuestEnd, Refusal};
+use vmpager_vm::{ExitStats, GuestEnd};
+
+use super::async_pf::AsyncPf;
 
 use crate::vm_process::millis;
 use crate::{output, size};
@@ -79,51 +80,6 @@ pub(super) struct RunSummary {
     pub(super) exits: Option<Exits>,
     /// What the guest was told of them, if vmpager played its device.
     pub(super) async_pf: Option<AsyncPf>,
-}
-
-/// What the device for asynchronous page faults has done, on all vCPUs.
-#[derive(Debug, Serialize)]
-pub(super) struct AsyncPf {
-    /// Faults on pages that were at hand: installed in place, the guest not told.
-    pub(super) in_place: u64,
-    /// Faults on pages that were not.
-    pub(super) waits: u64,
-    /// Of these, the share of which the guest was told.
-    pub(super) injected_share: f64,
-    /// Faults the guest was told of.
-    pub(super) injected: u64,
-    /// Pages the guest was told are ready.
-    pub(super) ready: u64,
-    /// Times all its sleepers were woken.
-    pub(super) wake_alls: u64,
-    /// Pages that came after the guest had turned the device off.
-    pub(super) late: u64,
-    /// Times a vCPU waited as if halted.
-    pub(super) parked: u64,
-    /// Times an INIT had turned the device off.
-    pub(super) inits: u64,
-    /// Faults the guest was not told of, by cause.
-    pub(super) refused: BTreeMap<&'static str, u64>,
-}
-
-impl AsyncPf {
-    pub(super) fn new(stats: ApfStats, exits: ExitStats) -> Self {
-        let ApfStats { counts, parked, inits } = stats;
-        let waits = stats.waits();
-        let share = counts.injected as f64 / waits.max(1) as f64;
-        Self {
-            in_place: exits.exits.saturating_sub(waits),
-            waits,
-            injected_share: (share * 1e4).round() / 1e4,
-            injected: counts.injected,
-            ready: counts.ready,
-            wake_alls: counts.wake_alls,
-            late: counts.late,
-            parked,
-            inits,
-            refused: Refusal::ALL.iter().map(|why| why.name()).zip(counts.refused).collect(),
-        }
-    }
 }
 
 /// What exits on missing pages came to, on all vCPUs.

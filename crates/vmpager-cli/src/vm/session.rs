@@ -12,8 +12,9 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 use vmpager_vm::{LinuxVm, SnapshotPaths};
 
+use super::async_pf::AsyncPf;
 use super::control::ControlSocket;
-use super::outcome::{AsyncPf, Ended, Exits, RunSummary, since};
+use super::outcome::{Ended, Exits, RunSummary, since};
 use super::protocol::{Reply, Request, RunState, VmStatus};
 use super::terminal::{self, RawTerminal};
 use crate::vm_process::millis;

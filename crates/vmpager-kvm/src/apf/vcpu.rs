@@ -72,6 +72,8 @@ pub struct AsyncFaults {
     flights: Vec<Flight>,
     expected: Expectation,
     park: Option<Park>,
+    /// Where it was parked last, for what page.
+    parked_at: Option<(Hva, u64)>,
     /// There is something to post, or may be.
     due: bool,
     /// KVM's copy of the vector is to be put there.
@@ -122,6 +124,7 @@ impl AsyncFaults {
             flights: Vec::new(),
             expected: Expectation::default(),
             park: None,
+            parked_at: None,
             due: false,
             enabled: false,
             stats: ApfStats::default(),
@@ -247,6 +250,7 @@ impl AsyncFaults {
         let Some(park) = self.park.take() else { return Ok(()) };
         if delivery.installer().is_settled(park.page) {
             self.expected.learn(park.since.elapsed());
+            self.parked_at = None;
         }
         let state = vcpu.get_mp_state().map_err(refused("tell a vCPU's run state"))?;
         let regs = vcpu.get_regs().map_err(refused("read registers"))?;
@@ -335,6 +339,10 @@ impl AsyncFaults {
         }
         let state = delivery.state(vcpu)?;
         let conditions = self.conditions(vcpu, delivery, &state)?;
+        if self.parked_at == Some((page, state.regs.rip)) && may_park(&conditions) {
+            // An interrupt came, and was taken: it is the same fault still.
+            return self.enter_park(vcpu, delivery, &state, page);
+        }
         match self.device.admit(page.0, &conditions) {
             Ok(ticket) => self.tell(vcpu, delivery, &state, page, ticket),
             Err(_) if may_park(&conditions) => self.enter_park(vcpu, delivery, &state, page),
@@ -371,7 +379,7 @@ impl AsyncFaults {
         if conditions.privilege != 3 && !registers.sends_always() || conditions.event {
             return Ok(conditions);
         }
-        conditions.event = delivery.misses_an_event(state);
+        conditions.event = delivery.missed_an_event(state);
         conditions.local_apic = Apic::of(vcpu, sregs.apic_base)?.on;
         conditions.flags = self.flags(delivery, area);
         if read_msrs(vcpu, [Register::Interrupt.index()])? == [0] {
@@ -408,6 +416,7 @@ impl AsyncFaults {
             self.listen();
             return Ok(Told::Came);
         }
+        self.parked_at = None;
         let told = self.inject(vcpu, &state.events, ticket.token());
         self.device.announced(ticket, told.is_ok());
         told.map(|()| Told::Guest)
@@ -455,7 +464,8 @@ impl AsyncFaults {
             return Ok(Told::Came);
         }
         set_run_state(vcpu, KVM_MP_STATE_HALTED)?;
-        self.stats.parked += 1;
+        let at = Some((page, state.regs.rip));
+        self.stats.parked += u64::from(std::mem::replace(&mut self.parked_at, at) != at);
         Ok(Told::Parked)
     }
 }

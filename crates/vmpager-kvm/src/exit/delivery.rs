@@ -48,6 +48,8 @@ pub struct ExitDelivery<I> {
     xsave: Xsave,
     syncs: bool,
     spot: Spot,
+    /// What the page was for that the last fault was on, if that had to be found out.
+    missed: Option<Cause>,
     stats: ExitStats,
 }
 
@@ -140,6 +142,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
             xsave,
             syncs,
             spot: Spot::default(),
+            missed: None,
             stats: ExitStats::default(),
         })
     }
@@ -191,6 +194,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
     /// [`ExitError`]: the guest cannot go on.
     pub fn after_fault(&mut self, vcpu: &VcpuFd, fault: Fault) -> Result<Delivered, ExitError> {
         self.stats.exits += 1;
+        self.missed = None;
         match (self.memory.mechanism(), fault) {
             // Nobody here converts memory, or unmaps it.
             (Mechanism::Attributes, Fault::Somewhere) => Ok(Delivered::NotOurs),
@@ -255,6 +259,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
             return self.nothing_missing();
         };
         self.spot.idle = 0;
+        self.missed = Some(first.cause);
         if self.spot.exits > PAGES {
             return Ok(self.unknown());
         }
@@ -359,9 +364,12 @@ impl<I: PageInstaller> ExitDelivery<I> {
         Ok(answer)
     }
 
-    /// Whether what a vCPU misses first is part of the delivery of an event, an
-    /// instruction's own (`INT n`) included.
-    pub(crate) fn misses_an_event(&mut self, state: &State) -> bool {
+    /// Whether what a vCPU missed first, with its last fault, is part of the delivery
+    /// of an event, an instruction's own (`INT n`) included.
+    pub(crate) fn missed_an_event(&mut self, state: &State) -> bool {
+        if let Some(cause) = self.missed {
+            return is_event(cause);
+        }
         let registers = Registers {
             regs: &state.regs,
             sregs: &state.sregs,
@@ -371,15 +379,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
         let view = PresentPages { installer: &self.installer, memory: &self.memory };
         // Vector registers hold no event's addresses.
         let missing = self.finder.missing(&registers, &view, || None);
-        let first = missing.pages().first();
-        first.is_some_and(|first| match first.cause {
-            Cause::Code | Cause::PageTable | Cause::Operand => false,
-            Cause::Descriptor
-            | Cause::InterruptTable
-            | Cause::TaskState
-            | Cause::EventStack
-            | Cause::Handler => true,
-        })
+        missing.pages().first().is_some_and(|first| is_event(first.cause))
     }
 
     /// What a vCPU was about to do when its `KVM_RUN` ended with a fault.
@@ -393,6 +393,18 @@ impl<I: PageInstaller> ExitDelivery<I> {
             sregs: vcpu.get_sregs().map_err(refused("read system registers"))?,
             events: vcpu.get_vcpu_events().map_err(refused("read pending events"))?,
         })
+    }
+}
+
+/// Whether a page is touched to deliver an event.
+fn is_event(cause: Cause) -> bool {
+    match cause {
+        Cause::Code | Cause::PageTable | Cause::Operand => false,
+        Cause::Descriptor
+        | Cause::InterruptTable
+        | Cause::TaskState
+        | Cause::EventStack
+        | Cause::Handler => true,
     }
 }
 

@@ -2,38 +2,159 @@
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
+use vmpager_kvm::probe;
 
 use super::Lab;
-use super::guest::{SMALL, Size};
+use super::guest::{Guest, SMALL, Size};
 use super::saved::Saved;
+use crate::cpus::guest_command;
 
-const TOLD: [&str; 5] = ["on-demand", "--delivery", "exit", "--async-pf", "always"];
-/// How much the load must do after a restore.
-const WORK: u64 = 500;
-
-const ONE: Size = Size { still: 1024, moving: 256, ..SMALL };
+const ONE: Size = Size { still: 512, readers: 4, moving: 128, ..SMALL };
 const BOTH: Size = Size { vcpus: 2, ..ONE };
-/// Out of order: each page takes its own time.
-const SLOW: [&str; 4] = ["--source-delay", "0-4000", "--neighbours", "off"];
+/// Most of its faults are of readers that wait for pages that nobody else wants.
+const LARGE: Size = Size { still: 12288, readers: 16, moving: 256, vcpus: 2, memory_mib: 160 };
+
+/// How much the load must do after a restore.
+const WORK: u64 = 400;
+
+const TOLD: [&str; 7] =
+    ["on-demand", "--delivery", "exit", "--async-pf", "always", "--neighbours", "off"];
+const ATTRIBUTES: [&str; 2] = ["--exit-mechanism", "attributes"];
+/// Each page takes its own time, so that they come out of order.
+const SLOW: [&str; 2] = ["--source-delay", "0-20000"];
+const QUICK: [&str; 2] = ["--source-delay", "0-3000"];
+
+/// In all of the long test.
+const FAULTS: u64 = 50_000;
 
 pub(super) fn told_of_faults_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
-    restores(lab, &ONE, &[&TOLD[..], &SLOW].concat()).map(drop)
+    let told = restores(lab, &ONE, &[&TOLD[..], &SLOW].concat())?;
+    // What a whole guest does: its kernel misses pages too, with interrupts on and
+    // off, and so does the delivery of its events.
+    for why in ["kernel", "interrupts_off"] {
+        ensure!(number(&told["refused"], why)? > 0, "{told}");
+    }
+    Ok(())
 }
 
 pub(super) fn told_of_faults_on_two_vcpus_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
-    restores(lab, &BOTH, &[&TOLD[..], &SLOW].concat()).map(drop)
+    restores(lab, &BOTH, &[&TOLD[..], &QUICK].concat()).map(drop)
 }
 
-/// Restores a guest under load so, and has its memory checked by itself and by the
-/// host. What its device for asynchronous page faults came to.
+pub(super) fn told_of_faults_by_attributes_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    if !probe::kvm()?.exact_memory_faults() {
+        println!("this KVM has no attributes");
+        return Ok(());
+    }
+    restores(lab, &BOTH, &[&TOLD[..], &ATTRIBUTES, &QUICK].concat()).map(drop)
+}
+
+/// Tasks that sleep when the guest is saved are woken in every guest restored from
+/// that, whoever plays the device then, and miss their pages again.
+pub(super) fn saved_with_tasks_asleep_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    let first = Saved::shared(lab, &BOTH)?;
+    let told = [&TOLD[..], &SLOW].concat();
+    let guest = first.restore(lab, &told)?;
+    // At once: nearly every task waits for a page.
+    let second = first.succeed(lab, guest)?;
+    for mode in [&[&TOLD[..], &QUICK].concat()[..], &["on-demand"]] {
+        let mut guest = second.restore(lab, mode)?;
+        guest.work(WORK / 4)?;
+        guest.end_well()?;
+    }
+    Ok(())
+}
+
+/// A vCPU that goes offline turns its device off with tasks asleep, and on again
+/// when it comes back.
+pub(super) fn told_of_faults_a_vcpu_goes_and_comes_back(lab: &Lab) -> anyhow::Result<()> {
+    let saved = Saved::shared(lab, &BOTH)?;
+    let mut guest = saved.restore(lab, &[&TOLD[..], &QUICK, &["--json"]].concat())?;
+    for _ in 0..3 {
+        for online in ["0", "1"] {
+            guest.say(&format!("cpu1 {online}"))?;
+            let done = format!("load: cpu1 {online}");
+            guest.find("a vCPU to go or come", |line| line.contains(&done).then_some(()))?;
+        }
+    }
+    guest.work(WORK / 4)?;
+    let told = ends(guest)?;
+    // Two after the restore, and one each time it came back.
+    ensure!(number(&told, "wake_alls")? >= 2 + 3, "{told}");
+    Ok(())
+}
+
+/// Only that all is measured, and right: times mean little here.
+pub(super) fn bench_apf_measures_every_way(lab: &Lab) -> anyhow::Result<()> {
+    let mut command = guest_command(lab, &lab.vmpager);
+    command.args(["bench", "apf", "--latency", "0,5", "--walkers", "1,4", "--rounds", "1"]);
+    command.args(["--json", "--dir", ".", "--kernel"]).arg(&lab.kernel);
+    command.arg("--initrd").arg(&lab.initrd);
+    rows(&mut command, 4)
+}
+
+/// All rows of the bench.
+pub(super) fn bench_apf_in_full(lab: &Lab) -> anyhow::Result<()> {
+    let mut command = guest_command(lab, &lab.vmpager);
+    command.args(["bench", "apf", "--json", "--dir", ".", "--kernel"]).arg(&lab.kernel);
+    command.arg("--initrd").arg(&lab.initrd);
+    rows(&mut command, 15)
+}
+
+fn rows(command: &mut std::process::Command, expected: usize) -> anyhow::Result<()> {
+    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}: {error}", output.status);
+    let report: Value = serde_json::from_slice(&output.stdout).context("its report")?;
+    let rows = report["rows"].as_array().context("no rows")?;
+    rows.iter().for_each(|row| println!("{row}"));
+    ensure!(rows.len() == expected, "{} rows, not {expected}", rows.len());
+    for row in rows {
+        let measured = ["sync_s", "kernel_apf_s", "vmpager_s", "ratio_sync", "ratio_kernel"];
+        let all = measured.iter().all(|key| row[key].as_f64().is_some_and(|number| number > 0.0));
+        let is_hit = row["latency_ms"].as_f64() == Some(0.0);
+        let told = number(&row["vmpager"], "injected")?;
+        ensure!(all && (told > 0) != is_hit, "{row}");
+    }
+    Ok(())
+}
+
+/// Restores until the guests were told of so many faults in all.
+pub(super) fn told_of_50000_faults_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+    let (mut faults, mut restores_done) = (0, 0);
+    let mechanisms = if probe::kvm()?.exact_memory_faults() { 2 } else { 1 };
+    while faults < FAULTS {
+        let attributes = if restores_done % mechanisms == 1 { &ATTRIBUTES[..] } else { &[] };
+        let told = restores(lab, &LARGE, &[&TOLD[..], attributes, &QUICK].concat())?;
+        faults += number(&told, "injected")?;
+        restores_done += 1;
+        println!("{faults} faults in {restores_done} restores");
+    }
+    Ok(())
+}
+
+/// Restores a guest under load so, which checks its memory. What its device for
+/// asynchronous page faults came to.
 fn restores(lab: &Lab, size: &Size, mode: &[&str]) -> anyhow::Result<Value> {
     let saved = Saved::shared(lab, size)?;
     let mut guest = saved.restore(lab, &[mode, &["--json"]].concat())?;
     guest.work(WORK)?;
+    let told = ends(guest)?;
+    ensure!(number(&told, "injected")? > 100, "{told}");
+    Ok(told)
+}
+
+/// Ends a guest, each page of which is checked then.
+fn ends(guest: Guest) -> anyhow::Result<Value> {
     let summary = guest.end_summed_up()?;
     let told = summary["async_pf"].clone();
     println!("{} {told}", summary["exits"]);
-    let number = |key: &str| told[key].as_u64().with_context(|| format!("no {key} in {told}"));
-    ensure!(number("injected")? > 100, "{told}");
+    let (injected, ready) = (number(&told, "injected")?, number(&told, "ready")?);
+    // All the guest was told of has come, but for what was turned off or never taken.
+    ensure!(ready <= injected && injected <= ready + number(&told, "late")? + 200, "{told}");
     Ok(told)
+}
+
+fn number(report: &Value, name: &str) -> anyhow::Result<u64> {
+    report[name].as_u64().with_context(|| format!("no {name} in {report}"))
 }

@@ -40,12 +40,15 @@ pub(super) struct Size {
     pub(super) memory_mib: usize,
     /// Pages that never change.
     pub(super) still: usize,
+    /// Threads that go through these.
+    pub(super) readers: usize,
     /// Pages that each writer goes through; there is a writer for each vCPU.
     pub(super) moving: usize,
 }
 
 /// Memory enough for a small kernel, its init and the load.
-pub(super) const SMALL: Size = Size { vcpus: 1, memory_mib: 128, still: 4096, moving: 1024 };
+pub(super) const SMALL: Size =
+    Size { vcpus: 1, memory_mib: 128, still: 4096, readers: 1, moving: 1024 };
 
 /// The same with two vCPUs.
 pub(super) const TWO: Size = Size { vcpus: 2, ..SMALL };
@@ -84,11 +87,11 @@ impl Guest {
 
     /// As [`boot`](Self::boot), with more options for `vm run`.
     pub(super) fn boot_with(lab: &Lab, size: &Size, more: &[&str]) -> anyhow::Result<Self> {
-        let Size { vcpus, memory_mib, still, moving } = size;
+        let Size { vcpus, memory_mib, still, readers, moving } = size;
         // No huge pages: pages are to stay where they are.
         let cmdline = format!(
             "console=ttyS0 quiet transparent_hugepage=never lab.load={vcpus} lab.still={still} \
-             lab.moving={moving}"
+             lab.readers={readers} lab.moving={moving}"
         );
         let mut command = guest_command(lab, &lab.vmpager);
         command.args(["vm", "run"]).arg("--kernel").arg(&lab.kernel);

@@ -126,6 +126,22 @@ pub(crate) const ALL: &[Case] = &[
     case("private", "pages_are_converted_to_and_fro", 120, private::pages_are_converted_to_and_fro),
     case("private", "pages_are_converted_in_place", 120, private::pages_are_converted_in_place),
     case(
+        "apf",
+        "told_of_faults_by_attributes_it_goes_on",
+        90,
+        apf::told_of_faults_by_attributes_it_goes_on,
+    ),
+    case("apf", "saved_with_tasks_asleep_it_goes_on", 120, apf::saved_with_tasks_asleep_it_goes_on),
+    case(
+        "apf",
+        "told_of_faults_a_vcpu_goes_and_comes_back",
+        90,
+        apf::told_of_faults_a_vcpu_goes_and_comes_back,
+    ),
+    case("apf", "bench_apf_measures_every_way", 120, apf::bench_apf_measures_every_way),
+    case("long", "bench_apf_in_full", 1200, apf::bench_apf_in_full),
+    case("long", "told_of_50000_faults_it_goes_on", 1800, apf::told_of_50000_faults_it_goes_on),
+    case(
         "faulty",
         "restored_from_a_slow_source_it_goes_on",
         90,

@@ -27,7 +27,8 @@ impl Saved {
     /// The snapshot that the tests of one boot share: of a guest of that size,
     /// taken while its load was running.
     pub(super) fn shared(lab: &Lab, size: &Size) -> anyhow::Result<Self> {
-        let dir = lab.scratch.join(format!("shared-{}-{}", size.vcpus, size.still));
+        let dir =
+            lab.scratch.join(format!("shared-{}-{}-{}", size.vcpus, size.still, size.readers));
         let line = dir.join("beat");
         if !line.exists() {
             let mut guest = Guest::boot(lab, size)?;

@@ -4,7 +4,8 @@
 //!   random, checks that it is of the generation it was left in, writes the
 //!   next. A page that was lost, or came back from an older time, is found when
 //!   it is next taken, the latest at the end.
-//! - A reader checks the pages that never change, in random order.
+//! - Readers, one or more, check the pages that never change, each in a random order
+//!   of its own.
 //! - Two threads pass a growing number to each other and sleep in between: lost
 //!   wake-ups and lost timers stop them.
 
@@ -24,6 +25,7 @@ const PASSING: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Size {
     pub(super) writers: usize,
+    pub(super) readers: usize,
     /// Pages that never change.
     pub(super) still: usize,
     /// Pages of each writer.
@@ -35,7 +37,7 @@ pub(super) struct Size {
 pub(super) struct Load {
     /// Pages written by the writers.
     pub(super) written: AtomicU64,
-    /// Pages checked by the reader.
+    /// Pages checked by the readers.
     pub(super) read: AtomicU64,
     /// Numbers passed.
     pub(super) passed: AtomicU64,
@@ -73,8 +75,11 @@ impl Threads {
             let load = Arc::clone(load);
             threads.push(thread::spawn(move || pages.run(&load)));
         }
-        let still = still(size.still);
-        threads.push(spawn(load, move |load| walk(&still, load)));
+        let still = Arc::new(still(size.still));
+        for reader in 0..size.readers {
+            let still = Arc::clone(&still);
+            threads.push(spawn(load, move |load| walk(reader, &still, load)));
+        }
         let ((to_there, there), (to_here, here)) = (channel(), channel());
         threads.push(spawn(load, move |load| pass(&here, &to_there, load, Some(1))));
         threads.push(spawn(load, move |load| pass(&there, &to_here, load, None)));
@@ -138,9 +143,9 @@ fn still(count: usize) -> Vec<Page> {
     pages
 }
 
-fn walk(pages: &[Page], load: &Load) {
+fn walk(reader: usize, pages: &[Page], load: &Load) {
     let check = |at: usize| load.note(pages[at].check(Kind::Still, at as u64, 0));
-    for at in random(!0, pages.len()).take_while(|_| !load.is_over()) {
+    for at in random(!(reader as u64), pages.len()).take_while(|_| !load.is_over()) {
         check(at);
         load.read.fetch_add(1, Ordering::Relaxed);
     }
@@ -190,7 +195,7 @@ fn pass(from: &Receiver<u64>, to: &Sender<u64>, load: &Load, first: Option<u64>)
 mod tests {
     use super::*;
 
-    const SMALL: Size = Size { writers: 2, still: 16, moving: 8 };
+    const SMALL: Size = Size { writers: 2, readers: 2, still: 16, moving: 8 };
 
     fn run(size: &Size, spoil: impl FnOnce(&Load)) -> Arc<Load> {
         let load = Arc::new(Load::default());

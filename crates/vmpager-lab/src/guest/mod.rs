@@ -5,13 +5,17 @@
 //! | command | effect |
 //! |---|---|
 //! | `stop` | ends the load, checks everything once more, tells the verdict |
+//! | `cpu1 0`, `cpu1 1` | takes the second CPU offline, or back; says the same then |
 //! | `poweroff`, `reset` | what the words say |
 //! | `panic` | the guest's kernel panics |
 //!
 //! The kernel's command line says how much of it there is: `lab.load=THREADS`,
-//! `lab.still=PAGES`, `lab.moving=PAGES` (for each thread).
+//! `lab.still=PAGES`, `lab.readers=THREADS` (that go through these),
+//! `lab.moving=PAGES` (for each thread). With `lab.walk=PAGES` it is another guest:
+//! `walk`.
 
 mod load;
+mod walk;
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -36,14 +40,19 @@ pub(crate) fn run(command_line: &CommandLine) -> anyhow::Result<()> {
     let open = || OpenOptions::new().read(true).write(true).open(CONSOLE);
     let mut console = open().context(CONSOLE)?;
     let commands = listen(open().context(CONSOLE)?);
+    let walked = command_line.number("lab.walk", 0)?;
+    if walked > 0 {
+        return walk::run(&mut console, &commands, walked);
+    }
     let size = Size {
         writers: command_line.number("lab.load", 1)?,
+        readers: command_line.number("lab.readers", 1)?,
         still: command_line.number("lab.still", 2048)?,
         moving: command_line.number("lab.moving", 1024)?,
     };
     let load = Arc::new(Load::default());
     let mut threads = Some(Threads::start(&load, &size));
-    let Size { writers, still, moving } = size;
+    let Size { writers, still, moving, .. } = size;
     say(&mut console, &format!("ready writers={writers} still={still} moving={moving}"))?;
 
     let mut beats = 0u64;
@@ -58,6 +67,7 @@ pub(crate) fn run(command_line: &CommandLine) -> anyhow::Result<()> {
                     }
                     tell_verdict(&mut console, &load)?;
                 }
+                "cpu1 0" | "cpu1 1" => set_second_cpu(&mut console, command.trim())?,
                 "poweroff" => init::power_off()?,
                 "reset" => init::reset()?,
                 "panic" => bail!("told to"),
@@ -83,6 +93,14 @@ fn listen(console: File) -> Receiver<String> {
         }
     });
     commands
+}
+
+/// `cpu1 0`, or `cpu1 1`.
+fn set_second_cpu(console: &mut File, command: &str) -> anyhow::Result<()> {
+    const ONLINE: &str = "/sys/devices/system/cpu/cpu1/online";
+    let state = command.strip_prefix("cpu1 ").unwrap_or_default();
+    std::fs::write(ONLINE, state).with_context(|| format!("writing {state} to {ONLINE}"))?;
+    say(console, command)
 }
 
 /// One line, in one piece.

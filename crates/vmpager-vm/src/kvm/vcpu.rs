@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION};
@@ -190,10 +191,17 @@ impl Vcpu {
                 Delivered::Resumed => Ok(Answer::GoOn),
                 Delivered::Waiting(gpa) => {
                     let since = Instant::now();
-                    if let Some(device) = self.async_faults.as_mut().filter(|_| may_tell)
-                        && device.on_wait(&self.fd, exits, gpa)? != Told::Nobody
-                    {
-                        return Ok(Answer::GoOn);
+                    if let Some(device) = self.async_faults.as_mut().filter(|_| may_tell) {
+                        match device.on_wait(&self.fd, exits, gpa)? {
+                            Told::Nobody => {}
+                            Told::Guest => {
+                                // The guest goes on without a pause: let whoever brings
+                                // the page begin, should it share this CPU.
+                                thread::yield_now();
+                                return Ok(Answer::GoOn);
+                            }
+                            Told::Parked | Told::Came => return Ok(Answer::GoOn),
+                        }
                     }
                     // Once for each fault.
                     may_tell = false;
