@@ -2,6 +2,7 @@
 //! guest's own topology.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use vmpager_kvm::apf::{CPUID_FEATURES, Features};
 
 /// Leaf 1, ECX: the local APIC's timer has a deadline mode. Hidden: under nested
 /// virtualisation deadlines were seen not to fire at all, and the one-shot mode
@@ -36,6 +37,7 @@ pub(super) fn of_vcpu(offered: &CpuId, id: u64, vcpus: u64) -> CpuId {
             // Caches (Intel): none is shared, and there are that many cores.
             4 if entry.eax != 0 => entry.eax = entry.eax & 0x3fff | (vcpus - 1) << 26,
             0xb | 0x1f => topology(entry, id, vcpus),
+            CPUID_FEATURES => entry.eax = Features::offered(entry.eax),
             0x8000_0001 => entry.ecx &= !SVM,
             // Cores (AMD), and the bits an APIC id has for them.
             0x8000_0008 => entry.ecx = (vcpus - 1) | id_bits(vcpus) << 12,
@@ -84,14 +86,18 @@ mod tests {
 
     #[test]
     fn no_guest_is_offered_what_a_snapshot_cannot_hold() {
-        let entries = [1, 0x8000_0001].map(|function| kvm_cpuid_entry2 {
+        let entries = [1, CPUID_FEATURES, 0x8000_0001].map(|function| kvm_cpuid_entry2 {
             function,
+            eax: u32::MAX,
             ecx: u32::MAX,
             ..Default::default()
         });
         let cpuid = of_vcpu(&CpuId::from_entries(&entries).unwrap(), 0, 1);
         assert_eq!(leaf(&cpuid, 1, 0).ecx, !(TSC_DEADLINE | VMX));
         assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx, !SVM);
+        // Asynchronous page faults, but not as exits of a guest's own guests.
+        let features = Features { async_pf: true, interrupt: true, vmexit: false };
+        assert_eq!(Features::of(leaf(&cpuid, CPUID_FEATURES, 0).eax), features);
     }
 
     #[test]
