@@ -37,16 +37,10 @@ pub(super) fn told_of_faults_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// By attributes, where there are any.
 pub(super) fn told_of_faults_on_two_vcpus_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
-    restores(lab, &BOTH, &[&TOLD[..], &QUICK].concat()).map(drop)
-}
-
-pub(super) fn told_of_faults_by_attributes_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
-    if !probe::kvm()?.exact_memory_faults() {
-        println!("this KVM has no attributes");
-        return Ok(());
-    }
-    restores(lab, &BOTH, &[&TOLD[..], &ATTRIBUTES, &QUICK].concat()).map(drop)
+    let attributes = if probe::kvm()?.exact_memory_faults() { &ATTRIBUTES[..] } else { &[] };
+    restores(lab, &BOTH, &[&TOLD[..], attributes, &QUICK].concat()).map(drop)
 }
 
 /// Tasks that sleep when the guest is saved are woken in every guest restored from

@@ -125,12 +125,6 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case("private", "pages_are_converted_to_and_fro", 120, private::pages_are_converted_to_and_fro),
     case("private", "pages_are_converted_in_place", 120, private::pages_are_converted_in_place),
-    case(
-        "apf",
-        "told_of_faults_by_attributes_it_goes_on",
-        90,
-        apf::told_of_faults_by_attributes_it_goes_on,
-    ),
     case("apf", "saved_with_tasks_asleep_it_goes_on", 120, apf::saved_with_tasks_asleep_it_goes_on),
     case(
         "apf",
