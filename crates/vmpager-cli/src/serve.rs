@@ -22,11 +22,11 @@ use vmpager::{
     SessionSummary,
 };
 use vmpager_store::RawFile;
-use vmpager_store::image::MemoryInput;
+use vmpager_store::image::{Image, MemoryInput};
 use vmpager_store::profile::{Profile, Recorder};
 
 use crate::image::{Parents, open_over};
-use crate::output;
+use crate::{output, size};
 
 /// Options of `vmpager serve`.
 #[derive(Clone, Debug, clap::Args)]
@@ -60,6 +60,11 @@ pub(crate) struct ServeArgs {
     pub(crate) image: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) parents: Parents,
+    /// Keep so much of the image decoded, for all VMs together. With as much as the
+    /// memory has contents, it is decoded once, however many VMs there are
+    /// [default: 8 MiB, for neighbours of pages only].
+    #[arg(long, value_name = "SIZE", requires = "image", value_parser = size::parse)]
+    pub(crate) image_cache: Option<u64>,
     /// Bring in what this profile says first, while the VM runs (`vmpager profile
     /// record`). One that proves wrong is given up.
     #[arg(long, value_name = "PROFILE")]
@@ -323,7 +328,11 @@ fn open(args: &ServeArgs, held: &[OwnedFd]) -> anyhow::Result<(Arc<dyn PageSourc
     let mut paths = args.source_paths().zip(0..).map(|(path, at)| as_held(path, held.get(at)));
     let first = paths.next().context("give the memory with --memory or --image")?;
     if args.image.is_some() {
-        let image = open_over(&first, paths)?;
+        let mut options = Image::options();
+        if let Some(bytes) = args.image_cache {
+            options = options.cache_bytes(usize::try_from(bytes)?).for_many(true);
+        }
+        let image = open_over(&first, paths, options)?;
         return Ok((image.clone(), MemoryInput::image(image)));
     }
     if paths.next().is_some() {

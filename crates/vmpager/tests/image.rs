@@ -223,3 +223,29 @@ fn huge_pages_are_served_whole() {
         assert_eq!(pager.stats().pages_missing, 0);
     }
 }
+
+/// Many VMs restore at once from one image: each frame is decoded once, by whoever
+/// needs it first, and all others wait for that or find it.
+#[test]
+fn fifty_vms_of_one_image_cost_one_decode() {
+    begin!();
+    let images = Images::new();
+    let path = images.make(Codec::Lz4);
+    let image = Image::options().cache_bytes(PAGES * PAGE).for_many(true).open(path).unwrap();
+    let stored = image.inspect(1).distinct_pages * PAGE as u64;
+    for fill in [true, false] {
+        let memories: Vec<_> = (0..25).map(|_| mapping(PAGES)).collect();
+        let pagers: Vec<_> =
+            memories.iter().map(|memory| start(image.clone(), memory, fill)).collect();
+        for (number, memory) in memories.iter().enumerate() {
+            for page_number in (number..PAGES).step_by(10) {
+                assert_eq!(page(memory, page_number * PAGE), expected(page_number));
+            }
+        }
+        for pager in &pagers {
+            assert!(!fill || pager.wait_filled(LIMIT));
+        }
+        assert_pages(&memories[7], expected);
+    }
+    assert_eq!(image.decoded_bytes(), stored, "of so many distinct ones");
+}

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Subcommand, ValueEnum};
-use vmpager_store::image::{Codec, Image};
+use vmpager_store::image::{Codec, Image, ImageOptions};
 
 /// What to do with images.
 #[derive(Clone, Debug, Subcommand)]
@@ -57,16 +57,17 @@ impl Parents {
 
     /// Opens an image over them.
     pub(crate) fn open(&self, image: &Path) -> anyhow::Result<Arc<Image>> {
-        open_over(image, self.paths())
+        open_over(image, self.paths(), Image::options())
     }
 }
 
-/// Opens an image over layers that may be below it.
+/// Opens an image over layers that may be below it, with these options.
 pub(crate) fn open_over(
     image: &Path,
     parents: impl Iterator<Item = impl Into<PathBuf>>,
+    options: ImageOptions,
 ) -> anyhow::Result<Arc<Image>> {
-    let options = parents.fold(Image::options(), |options, parent| options.parent(parent));
+    let options = parents.fold(options, |options, parent| options.parent(parent));
     Ok(options.open(image)?)
 }
 

@@ -46,6 +46,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         memory: args.memory.clone(),
         image: args.image.clone(),
         parents: args.parents.clone(),
+        image_cache: None,
         profile: None,
         record: Some(args.output.clone()),
         background_fill: false,

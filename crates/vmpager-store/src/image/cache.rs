@@ -1,11 +1,13 @@
-//! Decoded frames, kept for the neighbours of the page they were decoded for.
-//! Shared by all readers of an image, bounded in bytes.
+//! Decoded frames, kept for the neighbours of the page they were decoded for, and
+//! for other VMs. Shared by all readers of an image, bounded in bytes.
 //!
 //! A lock is held for a look-up or an insertion, never while a frame is read or
-//! decoded; there are several, by frame, so that workers seldom meet.
+//! decoded; there are several, by frame, so that workers seldom meet. Who finds no
+//! frame has the [`Turn`] to decode it; whoever needs it meanwhile waits for that,
+//! or goes on to something else.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Locks, each for its share of the frames and of the bytes.
 const SHARDS: usize = 8;
@@ -16,7 +18,34 @@ pub(crate) type Decoded = Arc<Vec<u8>>;
 #[derive(Debug)]
 pub(crate) struct FrameCache {
     shards: [Mutex<Shard>; SHARDS],
+    /// Of each shard: a turn has ended.
+    ended: [Condvar; SHARDS],
     shard_bytes: usize,
+}
+
+/// What there is of a frame.
+#[derive(Debug)]
+pub(crate) enum Lookup<'a> {
+    /// Its pages.
+    Here(Decoded),
+    /// Nothing: it is the caller's to decode.
+    Decode(Turn<'a>),
+    /// Somebody is decoding it, and the caller does not wait.
+    Busy,
+}
+
+/// The right to decode a frame, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Turn<'a> {
+    cache: &'a FrameCache,
+    frame: u32,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.cache.shard(self.frame).decoding.remove(&self.frame);
+        self.cache.ended[self.frame as usize % SHARDS].notify_all();
+    }
 }
 
 #[derive(Debug, Default)]
@@ -25,6 +54,8 @@ struct Shard {
     /// Frames in the order in which they are considered for removal.
     hand: VecDeque<u32>,
     bytes: usize,
+    /// Frames that somebody has the turn to decode.
+    decoding: HashSet<u32>,
 }
 
 #[derive(Debug)]
@@ -37,7 +68,8 @@ struct Entry {
 impl FrameCache {
     /// A cache of at most `bytes`; of nothing, if that is less than a few frames.
     pub(crate) fn new(bytes: usize) -> Self {
-        Self { shards: Default::default(), shard_bytes: bytes / SHARDS }
+        let (shards, ended) = Default::default();
+        Self { shards, ended, shard_bytes: bytes / SHARDS }
     }
 
     fn shard(&self, frame: u32) -> MutexGuard<'_, Shard> {
@@ -46,11 +78,32 @@ impl FrameCache {
         shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn get(&self, frame: u32) -> Option<Decoded> {
+    /// A frame, or the turn to decode it; if somebody else has that, `wait` says
+    /// whether to wait for its end.
+    pub(crate) fn look(&self, frame: u32, wait: bool) -> Lookup<'_> {
         let mut shard = self.shard(frame);
-        let entry = shard.frames.get_mut(&frame)?;
-        entry.used = true;
-        Some(Arc::clone(&entry.bytes))
+        loop {
+            if let Some(entry) = shard.frames.get_mut(&frame) {
+                entry.used = true;
+                return Lookup::Here(Arc::clone(&entry.bytes));
+            }
+            if shard.decoding.insert(frame) {
+                return Lookup::Decode(Turn { cache: self, frame });
+            }
+            if !wait {
+                return Lookup::Busy;
+            }
+            let ended = &self.ended[frame as usize % SHARDS];
+            shard = ended.wait(shard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    #[cfg(test)]
+    fn get(&self, frame: u32) -> Option<Decoded> {
+        match self.look(frame, false) {
+            Lookup::Here(decoded) => Some(decoded),
+            Lookup::Decode(_) | Lookup::Busy => None,
+        }
     }
 
     /// Whether it is there, without asking for it.
@@ -132,6 +185,30 @@ mod tests {
         let reading = cache.get(8);
         assert_eq!(put(&cache, 16), None, "still read");
         drop(reading);
+    }
+
+    #[test]
+    fn one_decodes_and_the_others_wait_for_it() {
+        let cache = FrameCache::new(10 * FRAME * SHARDS);
+        let decoded = std::sync::atomic::AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for frame in 0..20 {
+                        let Lookup::Decode(_turn) = cache.look(frame, true) else { continue };
+                        decoded.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        assert!(matches!(cache.look(frame, false), Lookup::Busy));
+                        std::thread::yield_now();
+                        put(&cache, frame);
+                    }
+                });
+            }
+        });
+        assert_eq!(decoded.into_inner(), 20);
+        // A turn that came to nothing is the next one's.
+        let Lookup::Decode(turn) = cache.look(77, true) else { panic!("it is not there") };
+        drop(turn);
+        assert!(matches!(cache.look(77, true), Lookup::Decode(_)));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmpager_core::{ByteRange, SourceError};
 
@@ -9,7 +10,7 @@ use super::PAGE_BYTES;
 use crate::PAGE;
 use crate::readahead;
 
-use super::cache::{Decoded, FrameCache};
+use super::cache::{Decoded, FrameCache, Lookup};
 use super::codec::Decoder;
 use super::index::{Kind, PageIndex};
 use super::layer::{FrameError, Layer};
@@ -58,6 +59,10 @@ pub(crate) struct Contents {
     pub(crate) layers: Vec<Placed>,
     pub(crate) index: PageIndex,
     pub(crate) cache: FrameCache,
+    /// Keep frames for other VMs too.
+    pub(crate) for_many: bool,
+    /// Bytes of frames decoded so far.
+    pub(crate) decoded: AtomicU64,
 }
 
 /// Stored pages that lie in one frame.
@@ -179,10 +184,14 @@ impl Contents {
         let Placed { layer, first_frame, .. } = &self.layers[part.layer];
         let number = first_frame + part.frame;
         let from = part.first_page as usize * PAGE_BYTES;
-        if let Some(decoded) = self.cache.get(number) {
-            to.copy_from_slice(&decoded[from..from + to.len()]);
-            return Ok(true);
-        }
+        let _turn = match self.cache.look(number, *wait == Wait::May) {
+            Lookup::Here(decoded) => {
+                to.copy_from_slice(&decoded[from..from + to.len()]);
+                return Ok(true);
+            }
+            Lookup::Busy => return Ok(false),
+            Lookup::Decode(turn) => turn,
+        };
         let raw = layer.raw_bytes(part.frame);
         if let Wait::Never { budget } = wait {
             let Some(left) = budget.checked_sub(raw) else { return Ok(false) };
@@ -191,8 +200,9 @@ impl Contents {
         if !layer.load(part.frame, *wait == Wait::May, &mut tools.packed)? {
             return Ok(false);
         }
-        if to.len() == raw {
-            // Nothing of the frame is left for others.
+        self.decoded.fetch_add(raw as u64, Ordering::Relaxed);
+        if to.len() == raw && !self.for_many {
+            // Nothing of the frame is left for its neighbours.
             layer.decode(part.frame, &tools.packed, &mut tools.decoder, to)?;
             return Ok(true);
         }

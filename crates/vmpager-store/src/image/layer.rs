@@ -45,6 +45,9 @@ pub(crate) struct Layer {
     pub(crate) sections: Vec<Section>,
     /// Where the directory of them is.
     pub(crate) directory: Range<u64>,
+    /// How many of the next reads of frames fail.
+    #[cfg(test)]
+    pub(crate) fails: std::sync::atomic::AtomicU32,
 }
 
 /// Why a frame's pages cannot be had.
@@ -70,7 +73,19 @@ impl Layer {
         let parent = parts.parent(&sections)?;
         let index = parts.index(&sections, &record, parent.is_some())?;
         let path = path.to_owned();
-        Ok((Self { path, file, file_bytes, record, frames, parent, sections, directory }, index))
+        let layer = Self {
+            path,
+            file,
+            file_bytes,
+            record,
+            frames,
+            parent,
+            sections,
+            directory,
+            #[cfg(test)]
+            fails: 0.into(),
+        };
+        Ok((layer, index))
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -108,6 +123,11 @@ impl Layer {
     ) -> Result<bool, FrameError> {
         let FrameRecord { offset, len, .. } = self.frames[frame as usize];
         packed.resize(len as usize, 0);
+        #[cfg(test)]
+        if self.fails.load(std::sync::atomic::Ordering::Relaxed) > 0 {
+            self.fails.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+            return Err(FrameError::Io(Errno::IO.into()));
+        }
         if wait {
             return match self.file.read_exact_at(packed, offset) {
                 Ok(()) => Ok(true),

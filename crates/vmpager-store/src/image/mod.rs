@@ -42,6 +42,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vmpager_core::{ByteRange, SourceError};
@@ -81,11 +82,12 @@ pub struct Progress {
 pub struct ImageOptions {
     parents: Vec<PathBuf>,
     cache_bytes: usize,
+    for_many: bool,
 }
 
 impl Default for ImageOptions {
     fn default() -> Self {
-        Self { parents: Vec::new(), cache_bytes: 8 << 20 }
+        Self { parents: Vec::new(), cache_bytes: 8 << 20, for_many: false }
     }
 }
 
@@ -103,6 +105,15 @@ impl ImageOptions {
     #[must_use]
     pub fn cache_bytes(mut self, bytes: usize) -> Self {
         self.cache_bytes = bytes;
+        self
+    }
+
+    /// Keeps frames for other VMs too, also those all of whose pages were needed
+    /// at once. With a cache as large as the memory, each is decoded once, however
+    /// many VMs there are.
+    #[must_use]
+    pub fn for_many(mut self, many: bool) -> Self {
+        self.for_many = many;
         self
     }
 
@@ -132,7 +143,7 @@ impl ImageOptions {
             chain.push(below);
         }
         chain.reverse();
-        Ok(Arc::new(Image::join(path, chain, self.cache_bytes)?))
+        Ok(Arc::new(Image::join(path, chain, &self)?))
     }
 
     /// Opens the layer below one.
@@ -202,7 +213,7 @@ impl Image {
     fn join(
         path: &Path,
         chain: Vec<(Layer, PageIndex)>,
-        cache_bytes: usize,
+        options: &ImageOptions,
     ) -> Result<Self, ImageError> {
         let mut index: Option<PageIndex> = None;
         let mut layers = Vec::new();
@@ -229,7 +240,9 @@ impl Image {
                 layers,
                 // A chain has a layer at least.
                 index: index.unwrap_or_default(),
-                cache: FrameCache::new(cache_bytes.max(least)),
+                cache: FrameCache::new(options.cache_bytes.max(least)),
+                for_many: options.for_many,
+                decoded: AtomicU64::new(0),
             }),
             decoders: Mutex::new(None),
         })
@@ -243,6 +256,11 @@ impl Image {
     /// What its contents are called.
     pub fn content(&self) -> ContentId {
         ContentId(self.contents.top().record.content)
+    }
+
+    /// Bytes of memory that were decoded so far, by all readers.
+    pub fn decoded_bytes(&self) -> u64 {
+        self.contents.decoded.load(Ordering::Relaxed)
     }
 
     /// Its file.

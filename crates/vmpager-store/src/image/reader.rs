@@ -182,3 +182,84 @@ impl PageReader for ImageReader {
         Some(self.bell.as_fd())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{Codec, MemoryInput, PackOptions};
+    use std::ops::ControlFlow;
+    use std::sync::atomic::Ordering;
+
+    const PAGES: usize = 200;
+
+    /// A memory of distinct pages, and an image of it in frames of four.
+    fn made() -> (Vec<u8>, Arc<Image>, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let page = |n: usize| format!("this is page {n}; ").repeat(400).into_bytes();
+        let memory: Vec<u8> = (0..PAGES).flat_map(|n| page(n)[..PAGE_BYTES].to_vec()).collect();
+        std::fs::write(dir.path().join("mem"), &memory).unwrap();
+        let input = MemoryInput::raw(dir.path().join("mem")).unwrap();
+        let options = PackOptions::default().codec(Codec::Lz4).frame_bytes(4 * PAGE);
+        let go_on = &mut |_| ControlFlow::Continue(());
+        options.pack(&input, &dir.path().join("image"), go_on).unwrap();
+        (memory, Image::open(dir.path().join("image")).unwrap(), dir)
+    }
+
+    fn fail(image: &Image, times: u32) {
+        image.contents.layers[0].layer.fails.store(times, Ordering::Relaxed);
+    }
+
+    /// Whatever of it fails, in which read, at hand or in the background: errors
+    /// say so and may be tried again, and what comes is right.
+    #[test]
+    fn reads_that_fail_with_eio_give_no_byte_and_leave_none_behind() {
+        let (memory, image, _dir) = made();
+        let mut reader = Arc::clone(&image).open_reader().unwrap();
+        let range = |page: usize| ByteRange::new(page as u64 * PAGE, 3 * PAGE);
+        let expected = |range: ByteRange| {
+            let start = usize::try_from(range.start).unwrap();
+            &memory[start..start + usize::try_from(range.len).unwrap()]
+        };
+        let (mut errors, mut pages) = (0, 0);
+        for page in (0..PAGES - 3).step_by(5) {
+            fail(&image, 1);
+            match reader.try_read(range(page)) {
+                Ok(Some(PageData::Bytes(bytes))) => assert_eq!(bytes, expected(range(page))),
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => {
+                    assert!(error.is_transient() && error.to_string().contains("image"), "{error}");
+                    errors += 1;
+                }
+            }
+        }
+        assert!(errors > 30, "{errors}");
+        fail(&image, 25);
+        let submit = |reader: &mut Box<dyn PageReader>, page: usize| {
+            let priority = [Priority::Demand, Priority::Prefetch, Priority::Fill][page % 3];
+            let id = ReadId(page as u64);
+            reader.submit(ReadRequest { id, range: range(page), priority });
+        };
+        (0..PAGES - 3).step_by(4).for_each(|page| submit(&mut reader, page));
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while pages < (PAGES - 3).div_ceil(4) {
+            assert!(std::time::Instant::now() < until, "{pages} came");
+            let mut again = Vec::new();
+            reader.complete(&mut |id, result| match result {
+                Ok(PageData::Bytes(bytes)) => {
+                    let page = usize::try_from(id.0).unwrap();
+                    assert_eq!(bytes, expected(range(page)), "page {page}");
+                    pages += 1;
+                }
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => {
+                    assert!(error.is_transient(), "{error}");
+                    again.push(usize::try_from(id.0).unwrap());
+                }
+            });
+            errors += again.len();
+            again.into_iter().for_each(|page| submit(&mut reader, page));
+            std::thread::yield_now();
+        }
+        assert!(errors > 50, "{errors}");
+    }
+}
