@@ -24,17 +24,22 @@ pub enum Woken {
     TimedOut,
 }
 
+/// As good as for ever. The kernel goes on with a wait without a limit after a
+/// handler that was installed with `SA_RESTART`; one with a limit it ends.
+const LONG: Duration = Duration::from_secs(1 << 20);
+
 /// Sleeps until somebody wakes the waiters of `word`, unless its low half is
-/// not that of `expected` (any more).
+/// not that of `expected` (any more), or a signal handler has run. Without a
+/// limit it may time out all the same, after days.
 ///
 /// # Errors
 ///
 /// What futex(2) says, but for the ends that [`Woken`] names.
 pub fn wait_while(word: &AtomicU64, expected: u64, limit: Option<Duration>) -> io::Result<Woken> {
-    let limit = limit.map(|limit| Timespec::try_from(limit).unwrap_or_default());
+    let limit = Timespec::try_from(limit.unwrap_or(LONG)).unwrap_or_default();
     // The lower 32 bits are what is meant.
     let [a, b, c, d, ..] = expected.to_le_bytes();
-    match wait(low(word), Flags::empty(), u32::from_le_bytes([a, b, c, d]), limit.as_ref()) {
+    match wait(low(word), Flags::empty(), u32::from_le_bytes([a, b, c, d]), Some(&limit)) {
         Ok(()) | Err(Errno::AGAIN) => Ok(Woken::Look),
         Err(Errno::INTR) => Ok(Woken::Interrupted),
         Err(Errno::TIMEDOUT) => Ok(Woken::TimedOut),

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -126,6 +126,8 @@ pub struct Pager {
     memory: MemoryId,
     /// In the order given.
     slots: Vec<Slot>,
+    /// Every page is in place.
+    complete: AtomicBool,
     /// The end of serving, once it came.
     ended: std::sync::Mutex<Option<(EndReason, MemoryNumbers)>>,
     _doorbell: Arc<OwnedFd>,
@@ -275,6 +277,7 @@ impl PagerBuilder {
             events,
             memory,
             slots: regions,
+            complete: AtomicBool::new(false),
             ended: Default::default(),
             _doorbell: doorbell,
         })
@@ -313,7 +316,7 @@ impl Pager {
     /// shared mappings of memfds.
     ///
     /// From then on the memory stays registered, also when all of it is in
-    /// place: [`wait_filled`](Self::wait_filled) does not end.
+    /// place.
     ///
     /// # Errors
     ///
@@ -375,13 +378,21 @@ impl Pager {
         self.worker.tell(Command::Fill(self.memory));
     }
 
-    /// Waits until every page is in place and the memory is no longer served.
-    /// False if that took longer than `timeout`, or will not happen.
+    /// Waits until every page is in place and the memory is no longer served (it
+    /// still is if it is [shared](Self::share)). False if that took longer than
+    /// `timeout`, or will not happen.
     pub fn wait_filled(&self, timeout: Duration) -> bool {
         let mut ended = self.ended.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let until = Instant::now() + timeout;
         while ended.is_none() {
-            match self.events.recv_deadline(until) {
+            // What has happened is heard first.
+            let is_complete = self.complete.load(Ordering::Relaxed);
+            let event = match is_complete {
+                true => self.events.try_recv().map_err(|_| RecvTimeoutError::Timeout),
+                false => self.events.recv_deadline(until),
+            };
+            match event {
+                Ok(Event::Complete(_)) => self.complete.store(true, Ordering::Relaxed),
                 Ok(Event::Ended { reason, numbers, held, .. }) => {
                     *ended = Some((reason, *numbers));
                     if let Some(mut held) = held
@@ -393,7 +404,7 @@ impl Pager {
                 }
                 Ok(Event::StillAlive(_)) => {}
                 Ok(Event::Stopped) | Err(RecvTimeoutError::Disconnected) => return false,
-                Err(RecvTimeoutError::Timeout) => return false,
+                Err(RecvTimeoutError::Timeout) => return is_complete,
             }
         }
         matches!(&*ended, Some((EndReason::Filled, _)))

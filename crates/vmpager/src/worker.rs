@@ -60,6 +60,9 @@ pub(crate) enum Event {
         numbers: Box<MemoryNumbers>,
         held: Option<Box<Served>>,
     },
+    /// All of a memory is in place. It goes on being served, for others who may
+    /// come to have it.
+    Complete(MemoryId),
     /// A memory that was said to be gone is still there.
     StillAlive(MemoryId),
     /// The worker has ended.

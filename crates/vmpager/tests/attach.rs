@@ -15,51 +15,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::child::{self, TestChild};
+use common::home::{Home, home, home_with, view};
 use common::*;
 use vmpager::attach::{AttachError, FaultReader, Page, WaitError};
 use vmpager::{Attached, Door, GuestRange, NeighbourPolicy, Pager, SharedRegion};
 use vmpager_store::FaultySource;
 use vmpager_sys::memory::Mapping;
-
-/// A pager with memory in a memfd, and a door to it.
-struct Home {
-    memory: Arc<Mapping>,
-    pager: Pager,
-    door: Door,
-    source: Arc<FaultySource>,
-    path: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-fn memfd(pages: usize) -> Arc<OwnedFd> {
-    Arc::new(vmpager_sys::memfd::sealed("guest", (pages * PAGE) as u64).unwrap())
-}
-
-fn home(pages: usize) -> Home {
-    home_with(pages, NeighbourPolicy::Off)
-}
-
-fn home_with(pages: usize, neighbours: NeighbourPolicy) -> Home {
-    let memfd = memfd(pages);
-    let source = faulty(pages);
-    let memory = Arc::new(Mapping::file_shared(memfd.as_fd(), pages * PAGE).unwrap());
-    let pager = Pager::builder(source.clone())
-        .region(&GuestRange::of_mapping(&memory), 0)
-        .neighbours(neighbours)
-        .start()
-        .unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("door");
-    let region = SharedRegion { gpa: 0, memfd, offset: 0 };
-    let door = pager.share(&path, &[region]).unwrap();
-    Home { memory, pager, door, source, path, _dir: dir }
-}
-
-fn view(home: &Home) -> (Attached, Arc<Mapping>) {
-    let attached = Attached::connect(&home.path).unwrap();
-    let memory = attached.regions()[0].memory.clone();
-    (attached, memory)
-}
 
 #[test]
 fn a_view_shows_the_source_and_what_others_write() {

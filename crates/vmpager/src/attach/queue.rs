@@ -96,6 +96,11 @@ impl QueueOwner {
         Ok(FaultReader { ends: self.0.duplicate()?, id })
     }
 
+    /// Whether there is a fault that no reader has taken.
+    pub fn has_faults(&self) -> bool {
+        self.0.queue.has_queued()
+    }
+
     /// Lets faults be queued from now on.
     pub fn enable(&self) {
         self.0.queue.enable();

@@ -417,6 +417,7 @@ impl Daemon {
                     stop |= self.config.once;
                     self.forget_if_done(id);
                 }
+                Event::Complete(_) => info!("all memory is in place; it stays shared"),
                 Event::StillAlive(memory) => {
                     if let Some((id, _)) = self.memories.get(&memory)
                         && let Some(connection) = self.connections.get_mut(id)

@@ -13,8 +13,34 @@ use crate::kill;
 use crate::reads::{Read, Reads, Waiter};
 
 /// How long missing pages are tried to be poisoned while the layout of the
-/// memory keeps changing.
+/// memory keeps changing: without getting any further, and in all. On a machine
+/// with much to do, the threads that change it need their time.
 const POISON_LIMIT: Duration = Duration::from_secs(2);
+const POISON_LIMIT_IN_ALL: Duration = Duration::from_secs(20);
+
+/// How long something goes on that gets further now and then.
+#[derive(Debug)]
+struct Patience {
+    started: Instant,
+    moved: Instant,
+    left: u64,
+}
+
+impl Patience {
+    /// With so much left to do.
+    fn new(left: u64) -> Self {
+        let now = Instant::now();
+        Self { started: now, moved: now, left }
+    }
+
+    /// Whether to try again, with so much left now.
+    fn lasts(&mut self, left: u64) -> bool {
+        if left < self.left {
+            (self.left, self.moved) = (left, Instant::now());
+        }
+        self.moved.elapsed() < POISON_LIMIT && self.started.elapsed() < POISON_LIMIT_IN_ALL
+    }
+}
 
 /// The most pages the fill reads from storage at a time: 512 KiB, so that a
 /// demanded read never queues behind much.
@@ -66,6 +92,8 @@ pub(crate) enum Filled {
     All,
     /// A profile was replayed, and more is not asked for.
     Enough,
+    /// Every page is in place, but other processes may come: the memory stays registered.
+    Kept,
 }
 
 impl Served {
@@ -217,12 +245,13 @@ impl Served {
                     self.fill_zeroes(run, reads)?;
                     run
                 }
-                FillPlan::Complete if self.may_detach() && done == 0 => {
+                FillPlan::Complete if !self.record.has(Flag::MustHold) && done == 0 => {
                     let took = self.counters.started.elapsed();
                     self.counters.fill_took.get_or_insert(took);
-                    return match self.huge_at() {
-                        Some(_) => Ok(Filled::Wait),
-                        None => self.detach(),
+                    return match (self.huge_at(), self.outside.is_open()) {
+                        (Some(_), _) => Ok(Filled::Wait),
+                        (None, true) => Ok(Filled::Kept),
+                        (None, false) => self.detach(),
                     };
                 }
                 FillPlan::Wait | FillPlan::Complete => break,
@@ -230,12 +259,6 @@ impl Served {
             done += self.address(run).1 >> PageSize::Size4K.shift();
         }
         Ok(if done > 0 { Filled::Some } else { Filled::Wait })
-    }
-
-    /// Whether the memory can be let go of once it is complete. Other processes
-    /// may come as long as it is shared.
-    fn may_detach(&self) -> bool {
-        !self.record.has(Flag::MustHold) && !self.outside.is_open()
     }
 
     /// Whether the fill need not wait for reads in flight or for a pause.
@@ -355,7 +378,7 @@ impl Served {
     pub(crate) fn poison_missing(&mut self) -> bool {
         // Reads in flight end without effect: their pages are missing too.
         self.engine.released(PageRun::new(0, self.engine.map().pages()));
-        let until = Instant::now() + POISON_LIMIT;
+        let mut patience = Patience::new(self.engine.outstanding());
         loop {
             let run = match self.engine.next_fill(u64::MAX) {
                 FillPlan::Bring(Piece::Fetch(run)) => run,
@@ -364,7 +387,7 @@ impl Served {
             };
             match self.poison_part(run) {
                 Ok(None) => {}
-                Ok(Some((rest, Stop::Changing))) if Instant::now() < until => {
+                Ok(Some((rest, Stop::Changing))) if patience.lasts(self.engine.outstanding()) => {
                     self.engine.released(rest);
                     if self.read_events().is_err() {
                         return false;
@@ -382,6 +405,19 @@ impl Served {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A machine with much to do is no reason to hold memory for ever.
+    #[test]
+    fn patience_lasts_while_something_moves() {
+        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds));
+        let lasts = |started, moved, left| {
+            let (started, moved) = (ago(started).expect("up"), ago(moved).expect("up"));
+            Patience { started, moved, left: 10 }.lasts(left)
+        };
+        assert!(lasts(5, 1, 10) && lasts(5, 3, 9));
+        assert!(!lasts(5, 3, 10), "nothing moved for long");
+        assert!(!lasts(21, 1, 9), "nor shall it last for ever");
+    }
 
     #[test]
     fn chunks_take_their_size_from_the_time_they_take() {

@@ -81,6 +81,11 @@ impl Worker {
                     self.filling.retain(|filling| *filling != id);
                     return true;
                 }
+                Ok(Filled::Kept) => {
+                    self.filling.retain(|filling| *filling != id);
+                    self.tell(Event::Complete(id));
+                    return true;
+                }
                 Err(lost) => {
                     self.lose(id, lost);
                     return true;

@@ -24,6 +24,7 @@ macro_rules! begin {
 
 pub(crate) mod child;
 pub(crate) mod daemon;
+pub(crate) mod home;
 pub(crate) mod kept;
 pub(crate) mod log;
 pub(crate) mod peer;
