@@ -75,3 +75,81 @@ pub fn is_same(a: impl AsFd, b: impl AsFd) -> io::Result<bool> {
     let (a, b) = (rustix::fs::fstat(a)?, rustix::fs::fstat(b)?);
     Ok((a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
 }
+
+/// Whether all of a range of a process's memory is a shared mapping of a file,
+/// from `offset` in it on, as `/proc` has it at the moment.
+///
+/// # Errors
+///
+/// If this user may not see the mappings of that process.
+pub fn is_mapped_at(
+    file: BorrowedFd<'_>,
+    offset: u64,
+    pid: i32,
+    hva: u64,
+    len: u64,
+) -> io::Result<bool> {
+    let stat = rustix::fs::fstat(file)?;
+    let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+    let file = format!("{major:02x}:{minor:02x} {}", stat.st_ino);
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let (mut at, end) = (hva, hva.saturating_add(len));
+    for part in maps.lines().filter_map(|line| shared_part(line, &file)) {
+        if at < end && (part.start..part.end).contains(&at) {
+            if part.offset + (at - part.start) != offset + (at - hva) {
+                return Ok(false);
+            }
+            at = part.end;
+        }
+    }
+    Ok(at >= end)
+}
+
+/// A shared mapping of the file that is looked for.
+#[derive(Debug)]
+struct Part {
+    start: u64,
+    end: u64,
+    offset: u64,
+}
+
+/// A line of `/proc/PID/maps`: `start-end perms offset dev inode path`.
+fn shared_part(line: &str, file: &str) -> Option<Part> {
+    let mut words = line.splitn(4, ' ');
+    let (range, permissions) = (words.next()?, words.next()?);
+    let (start, end) = range.split_once('-')?;
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    let offset = number(words.next()?)?;
+    let rest = words.next()?.strip_prefix(file)?;
+    let is_whole = rest.is_empty() || rest.starts_with(' ');
+    (permissions.ends_with('s') && is_whole).then_some(Part {
+        start: number(start)?,
+        end: number(end)?,
+        offset,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Mapping;
+
+    #[test]
+    fn a_mapping_is_told_from_others() {
+        const PAGE: usize = 4096;
+        let file = sealed("looked-for", 8 * PAGE as u64).expect("a memfd");
+        let other = sealed("looked-for", 8 * PAGE as u64).expect("a memfd");
+        let mapped = Mapping::file_shared_at(file.as_fd(), PAGE as u64, 4 * PAGE).expect("mapped");
+        let private = Mapping::file_private(file.as_fd(), 8 * PAGE).expect("mapped");
+        let own = rustix::process::getpid().as_raw_pid();
+        let at = |fd: &OwnedFd, offset: usize, hva: u64, len: usize| {
+            is_mapped_at(fd.as_fd(), offset as u64, own, hva, len as u64).expect("readable")
+        };
+        assert!(at(&file, PAGE, mapped.hva(), 4 * PAGE));
+        assert!(at(&file, 2 * PAGE, mapped.hva() + PAGE as u64, PAGE), "a part of it");
+        assert!(!at(&file, 0, mapped.hva(), 4 * PAGE), "another place of the file");
+        assert!(!at(&file, PAGE, mapped.hva(), 400 * PAGE), "more than there is");
+        assert!(!at(&other, PAGE, mapped.hva(), 4 * PAGE), "another file of that name");
+        assert!(!at(&file, 0, private.hva(), 8 * PAGE), "a copy");
+    }
+}

@@ -305,6 +305,7 @@ impl Pager {
         let (to, shared) = crossbeam_channel::bounded(1);
         self.worker.tell(Command::Share(self.memory, to));
         let Ok(shared) = shared.recv() else { return Ok(None) };
+        self.worker.tell(Command::Sharing(self.memory, Sharing::Exits));
         let reader = self.source.clone().open_reader()?;
         let teller = self.worker.teller().clone();
         Ok(Some(Installer::new(shared, reader, teller, self.memory)))

@@ -6,11 +6,8 @@ mod common;
 
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -18,8 +15,7 @@ use common::child::{self, TestChild};
 use common::home::{Home, home, home_with, view};
 use common::*;
 use vmpager::attach::{AttachError, FaultReader, Page, WaitError};
-use vmpager::{Attached, Door, GuestRange, NeighbourPolicy, Pager, SharedRegion};
-use vmpager_store::FaultySource;
+use vmpager::{Attached, NeighbourPolicy};
 use vmpager_sys::memory::Mapping;
 
 #[test]

@@ -21,7 +21,7 @@ use rustix::event::{Timespec, epoll};
 use tracing::{info, warn};
 use vmpager_core::queue::MAX_READERS;
 use vmpager_core::{MapSlot, PageMap, Slot, SlotSet};
-use vmpager_sys::memfd::read_only;
+use vmpager_sys::memfd::{is_mapped_at, read_only};
 use vmpager_sys::peer::{Peer, is_userfaultfd};
 use vmpager_sys::shared::SharedWords;
 use vmpager_sys::uffd::Userfaultfd;
@@ -400,12 +400,13 @@ impl Keeper {
             }
             (Stage::Offered, Frame::View(addresses)) => {
                 let view = ViewId(id);
-                wares.add_view(view, &addresses, fds)?;
+                wares.add_view(view, guest.pid, &addresses, fds)?;
                 info!(pid = guest.pid, "a process takes part");
                 (Stage::Serving(view), Frame::Serving, Vec::new())
             }
             (Stage::Offered, Frame::Asks) => {
                 info!(pid = guest.pid, "a process asks by the fault queue");
+                wares.worker.tell(Command::Sharing(wares.memory, Sharing::Exits));
                 (Stage::Asking, Frame::Serving, Vec::new())
             }
             (Stage::Offered, Frame::Reader) => {
@@ -446,7 +447,13 @@ impl Keeper {
 }
 
 impl Wares {
-    fn add_view(&self, id: ViewId, addresses: &[u64], fds: Vec<OwnedFd>) -> Result<(), String> {
+    fn add_view(
+        &self,
+        id: ViewId,
+        pid: i32,
+        addresses: &[u64],
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), String> {
         let slots = view_slots(&self.slots, addresses).ok_or_else(|| {
             format!("{} addresses for {} regions", addresses.len(), self.slots.len())
         })?;
@@ -458,10 +465,23 @@ impl Wares {
             return Err("the descriptor is no userfaultfd".into());
         }
         let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
-        let view = Box::new(View::new(id, uffd, slots)?);
+        let is_seen = self.is_seen_at(pid, addresses);
+        let view = Box::new(View::new(id, uffd, slots, is_seen)?);
         let (to, done) = crossbeam_channel::bounded(1);
         self.worker.tell(Command::Sharing(self.memory, Sharing::AddView(view, to)));
         done.recv().unwrap_or_else(|_| Err("the pager has ended".into()))
+    }
+
+    /// Whether a process maps the memory at these addresses. What it maps later
+    /// is up to it, as all else is that it does with this memory.
+    fn is_seen_at(&self, pid: i32, addresses: &[u64]) -> bool {
+        self.regions.iter().zip(addresses).all(|(region, hva)| {
+            let memfd = usize::try_from(region.memfd).ok().and_then(|at| self.memfds.get(at));
+            memfd.is_some_and(|memfd| {
+                let mapped = is_mapped_at(memfd.as_fd(), region.offset, pid, *hva, region.len);
+                mapped.unwrap_or(false)
+            })
+        })
     }
 
     /// A process that took part is gone.

@@ -417,7 +417,11 @@ impl Daemon {
                     stop |= self.config.once;
                     self.forget_if_done(id);
                 }
-                Event::Complete(_) => info!("all memory is in place; it stays shared"),
+                Event::Complete(memory) => {
+                    let session =
+                        self.memories.get(&memory).map(|(id, _)| id - FIRST_CONNECTION + 1);
+                    info!(session, "all memory is in place; it stays shared");
+                }
                 Event::StillAlive(memory) => {
                     if let Some((id, _)) = self.memories.get(&memory)
                         && let Some(connection) = self.connections.get_mut(id)

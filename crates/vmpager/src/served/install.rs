@@ -63,7 +63,10 @@ impl Served {
         waiter: Waiter,
         reads: &mut Reads,
     ) -> Result<(), Lost> {
-        let end = self.put(run, Put::Bytes(src))?;
+        let end = match self.put_through_view(run, src)? {
+            Some(end) => end,
+            None => self.put(run, Put::Bytes(src))?,
+        };
         self.count_installed(run, Some(waiter), end.pages);
         self.settle(waiter, end, reads)
     }

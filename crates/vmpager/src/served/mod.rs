@@ -108,8 +108,8 @@ pub(crate) struct Served {
     record: Record,
     /// Lies in the record.
     messages: Messages,
-    /// Faults read and not yet served.
-    faults: VecDeque<Hva>,
+    /// Faults read and not yet served, and whose view they came by, if by one.
+    faults: VecDeque<(Hva, Option<ViewId>)>,
     retry: Retry,
     counters: Counters,
     fill: bool,
@@ -310,8 +310,11 @@ impl Served {
     /// Serves up to [`WAKE_TOGETHER`] of the faults read.
     fn serve_some(&mut self, since: Instant, reads: &mut Reads) -> Result<(), Lost> {
         for _ in 0..WAKE_TOGETHER {
-            let Some(hva) = self.faults.pop_front() else { break };
-            self.fault(hva, since, reads)?;
+            let Some((hva, view)) = self.faults.pop_front() else { break };
+            self.outside.serving = view;
+            let served = self.fault(hva, since, reads);
+            self.outside.serving = None;
+            served?;
         }
         Ok(())
     }
@@ -385,7 +388,7 @@ impl Served {
                 }
                 Message::Fault { address, thread, .. } => {
                     self.counters.faults += 1;
-                    self.faults.push_back(Hva(address));
+                    self.faults.push_back((Hva(address), None));
                     match self.threads.as_mut().map(|threads| threads.origin(thread)) {
                         Some(Origin::Vcpu) => self.counters.faults_vcpu += 1,
                         Some(Origin::Vmm) => self.counters.faults_vmm += 1,

@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 use vmpager_core::queue::Taken;
-use vmpager_core::{Content, Hva, MapSlot, PageRun, SlotSet};
+use vmpager_core::{Content, Hva, MapSlot, PageRun, PageSize, SlotSet};
 use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
 
+use super::install::{Put, PutEnd};
 use super::{Lost, Served};
 use crate::attach::FaultReader;
 
@@ -32,6 +33,9 @@ pub(crate) struct View {
     uffd: Userfaultfd,
     /// The slots served, at that process's addresses.
     slots: SlotSet,
+    /// It was seen to be of the memory's own file: pages may be installed
+    /// through it.
+    is_seen: bool,
     /// It cannot be read any more.
     broken: bool,
 }
@@ -42,9 +46,14 @@ impl View {
     /// # Errors
     ///
     /// If the userfaultfd does not tell of removals.
-    pub(crate) fn new(id: ViewId, uffd: Userfaultfd, slots: SlotSet) -> Result<Self, String> {
+    pub(crate) fn new(
+        id: ViewId,
+        uffd: Userfaultfd,
+        slots: SlotSet,
+        is_seen: bool,
+    ) -> Result<Self, String> {
         match uffd.features().contains(Features::EVENT_REMOVE) {
-            true => Ok(Self { id, uffd, slots, broken: false }),
+            true => Ok(Self { id, uffd, slots, is_seen, broken: false }),
             false => Err("the userfaultfd was made without UFFD_FEATURE_EVENT_REMOVE".into()),
         }
     }
@@ -69,6 +78,10 @@ pub(super) struct Outside {
     queue: Option<(FaultReader, Vec<MapSlot>)>,
     waiting: Vec<(Waits, u64)>,
     messages: Messages,
+    /// The view whose fault is being served.
+    pub(super) serving: Option<ViewId>,
+    /// vCPUs exit on pages that are not in the VMM's own page tables.
+    exits: bool,
     /// Nobody may write.
     pub(super) frozen: bool,
 }
@@ -160,7 +173,7 @@ impl Served {
                 Some(page) => {
                     self.counters.faults_queued += 1;
                     self.outside.waiting.push((Waits::Queue(taken), page));
-                    self.demand(page);
+                    self.demand(page, None);
                 }
                 // There meanwhile, or no page of ours.
                 None => queue.commit(&taken),
@@ -200,7 +213,7 @@ impl Served {
                     self.counters.faults_attached += 1;
                     let id = view.id;
                     self.outside.waiting.push((Waits::View(id), page));
-                    self.demand(page);
+                    self.demand(page, Some(id));
                 }
                 Message::Remove { start, end, .. } => {
                     let runs: Vec<_> = view.slots.runs_within(Hva(start), Hva(end)).collect();
@@ -233,10 +246,51 @@ impl Served {
     }
 
     /// Has a page brought as if this process had missed it.
-    fn demand(&mut self, page: u64) {
+    fn demand(&mut self, page: u64, view: Option<ViewId>) {
         self.counters.faults += 1;
         let (hva, _) = self.address(PageRun::new(page, 1));
-        self.faults.push_back(hva);
+        self.faults.push_back((hva, view));
+    }
+
+    /// From now on vCPUs exit on missing pages.
+    pub(crate) fn expect_exits(&mut self) {
+        self.outside.exits = true;
+    }
+
+    /// Installs a run that has just been claimed for a fault of a view through
+    /// that view: one call installs, maps and wakes there, where else the page
+    /// would be installed here, the view be woken by a second call, and fault
+    /// once more to map it. Nobody can have joined so fresh a claim, so that no
+    /// other waiter relies on this wake. None if that is not the way.
+    pub(super) fn put_through_view(
+        &mut self,
+        run: PageRun,
+        src: usize,
+    ) -> Result<Option<PutEnd>, Lost> {
+        let Outside { views, serving, frozen: false, exits: false, .. } = &self.outside else {
+            return Ok(None);
+        };
+        let view = views.iter().find(|view| Some(view.id) == *serving && view.is_seen);
+        let Some(view) = view else { return Ok(None) };
+        let ((hva, len), id) = (view.address(run), view.id);
+        let bytes = view.uffd.copy(hva, src, len).bytes;
+        // Why it went no further is found out in the ordinary way.
+        let done = PageRun::new(run.first, bytes >> PageSize::Size4K.shift());
+        if done.count == 0 {
+            return Ok(None);
+        }
+        self.outside.waiting.retain(|(waits, page)| {
+            let is_of_view = matches!(waits, Waits::View(of) if *of == id);
+            !(is_of_view && done.pages().contains(page))
+        });
+        self.installed(done);
+        let rest = PageRun::new(done.end(), run.count - done.count);
+        let src = src + usize::try_from(bytes).unwrap_or(usize::MAX);
+        let end = match rest.count {
+            0 => PutEnd { pages: 0, rest: None },
+            _ => self.put(rest, Put::Bytes(src))?,
+        };
+        Ok(Some(PutEnd { pages: done.count + end.pages, rest: end.rest }))
     }
 
     /// An installer beside us brings a page: it shall tell, for those outside.

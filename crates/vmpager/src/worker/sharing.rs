@@ -24,6 +24,8 @@ pub(crate) enum Sharing {
     RemoveView(ViewId),
     /// Keep everybody from writing, or let them again.
     Freeze(bool, Sender<Result<(), String>>),
+    /// vCPUs exit on missing pages from now on.
+    Exits,
     /// Pages were installed that other processes may wait for.
     Look,
 }
@@ -56,6 +58,7 @@ impl Worker {
                 }
             }
             Sharing::Freeze(frozen, to) => drop(to.send(memory.freeze(frozen))),
+            Sharing::Exits => memory.expect_exits(),
             Sharing::Look => memory.look_outside(),
         }
     }
