@@ -5,6 +5,7 @@
 #[macro_use]
 mod common;
 
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -192,6 +193,41 @@ fn another_daemon_answers_what_a_killed_one_had_read() {
     assert_eq!(waits.join().unwrap(), Holds::Source(5 * PAGE));
     assert_is_source(&attached.regions()[0].memory, 0);
     assert_is_source(&vmm.memory, 0);
+}
+
+/// A frame of the door's protocol.
+fn frame(kind: u8, body: &[u8]) -> Vec<u8> {
+    let mut bytes = b"VMPA\x01\0".to_vec();
+    bytes.extend([kind, 0, u8::try_from(body.len()).unwrap(), 0, 0, 0, 0, 0, 0, 0]);
+    bytes.extend(body);
+    bytes
+}
+
+/// What is installed through a view must be there for all: a mapping of other
+/// memory gets nothing.
+#[test]
+fn a_view_of_other_memory_is_refused_by_name() {
+    begin!();
+    let home = home(64);
+    let other = Arc::new(Mapping::file_shared(memfd(64).as_fd(), 64 * PAGE).unwrap());
+    let private = mapping(64);
+    for memory in [&other, &private] {
+        let uffd = Userfaultfd::open(Features::EVENT_REMOVE).unwrap();
+        uffd.register_missing(&range(memory)).unwrap();
+        let mut socket = UnixStream::connect(&home.path).unwrap();
+        socket.write_all(&frame(1, &[])).unwrap();
+        // What it offers: one region.
+        socket.read_exact(&mut [0; 16 + 40]).unwrap();
+        let view = frame(3, &memory.hva().to_le_bytes());
+        send_with_fds(&socket, &view, &[uffd.as_fd()]).unwrap();
+        let mut answer = Vec::new();
+        socket.read_to_end(&mut answer).unwrap();
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.contains("no shared mapping of the region of gpa 0x0"), "{answer}");
+    }
+    let (_attached, memory) = view(&home);
+    assert_is_source(&memory, 0);
+    assert_is_source(&home.memory, 0);
 }
 
 const PAGES: usize = 1024;

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use vmpager_core::queue::MAX_READERS;
 use vmpager_core::{MapSlot, PageMap, Slot, SlotSet};
 use vmpager_sys::memfd::{is_mapped_at, read_only};
@@ -465,23 +465,37 @@ impl Wares {
             return Err("the descriptor is no userfaultfd".into());
         }
         let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
-        let is_seen = self.is_seen_at(pid, addresses);
+        let is_seen = self.see(pid, addresses)?;
         let view = Box::new(View::new(id, uffd, slots, is_seen)?);
         let (to, done) = crossbeam_channel::bounded(1);
         self.worker.tell(Command::Sharing(self.memory, Sharing::AddView(view, to)));
         done.recv().unwrap_or_else(|_| Err("the pager has ended".into()))
     }
 
-    /// Whether a process maps the memory at these addresses. What it maps later
-    /// is up to it, as all else is that it does with this memory.
-    fn is_seen_at(&self, pid: i32, addresses: &[u64]) -> bool {
-        self.regions.iter().zip(addresses).all(|(region, hva)| {
+    /// Looks whether a process maps the memory at these addresses, and refuses it
+    /// if not: it would never find there what is installed. False if its mappings
+    /// are not for this user to see. What it maps later is up to it, as all else
+    /// is that it does to this memory.
+    fn see(&self, pid: i32, addresses: &[u64]) -> Result<bool, String> {
+        for (region, hva) in self.regions.iter().zip(addresses) {
             let memfd = usize::try_from(region.memfd).ok().and_then(|at| self.memfds.get(at));
-            memfd.is_some_and(|memfd| {
-                let mapped = is_mapped_at(memfd.as_fd(), region.offset, pid, *hva, region.len);
-                mapped.unwrap_or(false)
-            })
-        })
+            let Some(memfd) = memfd else { return Ok(false) };
+            match is_mapped_at(memfd.as_fd(), region.offset, pid, *hva, region.len) {
+                Ok(true) => {}
+                Ok(false) => {
+                    return Err(format!(
+                        "process {pid} has no shared mapping of the region of gpa {:#x} at \
+                         {hva:#x}: map its memfd there, MAP_SHARED, before asking",
+                        region.gpa
+                    ));
+                }
+                Err(error) => {
+                    debug!(pid, "its mappings cannot be seen: {error}");
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// A process that took part is gone.
