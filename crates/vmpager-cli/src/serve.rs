@@ -18,8 +18,8 @@ use tracing::{error, info};
 use vmpager::core::PageSource;
 use vmpager::daemon::DaemonEvent;
 use vmpager::{
-    Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperLink, NeighbourPolicy, ServeOptions,
-    SessionSummary,
+    Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperEnd, KeeperLink, NeighbourPolicy,
+    ServeOptions, SessionSummary,
 };
 use vmpager_store::RawFile;
 use vmpager_store::image::{Image, MemoryInput};
@@ -47,7 +47,8 @@ use crate::{output, size};
     that still misses memory is named.\n\n\
     It is two processes: a keeper, which holds descriptors and does nothing else, and\n\
     a worker, which serves. A worker that dies, of SIGKILL too, is replaced at once,\n\
-    and the VMs go on (docs/daemon.md).")]
+    and the VMs go on (docs/daemon.md). So they do when the program is upgraded:\n  \
+    vmpager serve --replace --socket /run/vm/pager.sock --memory /snap/mem")]
 pub(crate) struct ServeArgs {
     /// Unix socket to listen on; it exists once VMMs may connect.
     #[arg(long, value_name = "SOCKET")]
@@ -104,6 +105,10 @@ pub(crate) struct ServeArgs {
     /// Stop when the first session has ended.
     #[arg(long)]
     pub(crate) once: bool,
+    /// Take over from the daemon that has the socket, with all its VMs: an upgrade. It
+    /// must serve the same, and ends with status 0.
+    #[arg(long)]
+    pub(crate) replace: bool,
     /// Be the process that serves, for the keeper at standard input.
     #[arg(long, hide = true)]
     pub(crate) kept: bool,
@@ -192,12 +197,15 @@ fn keep(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let open = |path: &Path| rustix::fs::open(path, flags, Mode::empty()).ok();
     config.sources = args.source_paths().map_while(open).collect();
+    config.replace = args.replace;
     let keeper = Keeper::new(config)?;
     stop_by_signals(|| keeper.stopper())?;
-    let status = keeper.run()?;
-    Ok(match status.code().map(u8::try_from) {
-        Some(Ok(code)) => ExitCode::from(code),
-        _ => ExitCode::FAILURE,
+    Ok(match keeper.run()? {
+        KeeperEnd::Replaced => ExitCode::SUCCESS,
+        KeeperEnd::Worker(status) => match status.code().map(u8::try_from) {
+            Some(Ok(code)) => ExitCode::from(code),
+            _ => ExitCode::FAILURE,
+        },
     })
 }
 

@@ -231,3 +231,42 @@ fn without_its_keeper_a_worker_that_serves_nobody_ends() {
     });
     assert!(UnixStream::connect(&socket).is_err(), "nobody listens");
 }
+
+#[test]
+fn a_daemon_is_replaced_by_one_that_serves_the_same() {
+    let dir = TempDir::new().unwrap();
+    let socket = in_dir(&dir, "pager.sock");
+    let memory = memory_file(&dir, 8192);
+    let other = in_dir(&dir, "other");
+    fs::write(&other, [7; 8192]).unwrap();
+    let replacing = ["serve", "--replace", "--socket", &socket, "--memory"];
+    let output = vmpager(&[&replacing[..], &[&memory]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("is a daemon of this user running there?"));
+
+    let old = serve(&socket, &memory, &[]);
+    let output = vmpager(&[&replacing[..], &[&other]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("another source; nothing was taken"), "{text}");
+
+    // A VM that has connected, and said nothing yet.
+    let vm = UnixStream::connect(&socket).unwrap();
+    let new = Command::new(VMPAGER)
+        .args(replacing)
+        .arg(&memory)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = old.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(Path::new(&socket).exists(), "VMs find the new one where the old one was");
+    (&vm).write_all(b"nonsense").unwrap();
+    vm.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert_eq!(std::io::Read::read(&mut &vm, &mut [0]).unwrap(), 0, "the new one refuses it");
+    let output = terminate(new);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "no sockets are left: {left:?}");
+}

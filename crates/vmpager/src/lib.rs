@@ -40,7 +40,7 @@ mod worker;
 pub use attach::{Attached, Door, SharedRegion};
 pub use daemon::{Daemon, DaemonConfig, DaemonError, KeeperLink};
 pub use installer::Installer;
-pub use keeper::{Keeper, KeeperConfig, KeeperError};
+pub use keeper::{Keeper, KeeperConfig, KeeperEnd, KeeperError};
 pub use pager::{Pager, PagerBuilder, PagerError};
 pub use served::ServeOptions;
 pub use stats::{EndReason, SessionSummary};

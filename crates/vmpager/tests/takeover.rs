@@ -195,6 +195,41 @@ fn handshakes_survive_workers() {
     kept.stop();
 }
 
+/// Daemons replace each other under a VM, which notices nothing but a pause.
+#[test]
+fn daemons_that_replace_each_other_lose_nothing() {
+    if !common::have_userfaultfd() || run_if_worker() || run_if_vm() {
+        return;
+    }
+    let replaces = number("VMPAGER_REPLACES", 20);
+    let _dog = watchdog(this_test!(), Duration::from_secs(60 + replaces as u64));
+    let plan = Plan { pages: 2049, slow_us: Some(300), ..Plan::default() };
+    let mut kept = Kept::start(this_test!(), &plan);
+    let other = Plan { pages: 2048, ..Plan::default() };
+    let (mut done, mut rounds, mut longest) = (0, 0, 0);
+    while done < replaces {
+        let vm = Vm {
+            socket: kept.socket.clone(),
+            pages: plan.pages,
+            dialect: rounds,
+            seed: rounds as u64,
+            ms: 1000,
+        };
+        let mut child = vm.spawn(this_test!());
+        let problem = kept.cannot_be_replaced(this_test!(), &other);
+        assert!(problem.contains("another source; nothing was taken"), "{problem}");
+        for _ in 0..10 {
+            kept.replace(this_test!(), &plan);
+            done += 1;
+        }
+        longest = longest.max(child.hear().parse::<u64>().unwrap());
+        assert!(child.wait().success());
+        rounds += 1;
+    }
+    println!("{done} daemons replaced in {rounds} VMs' lives, no page took over {longest} us");
+    kept.stop();
+}
+
 /// Every place where state changes.
 #[cfg(feature = "kill-points")]
 const POINTS: [&str; 16] = [

@@ -59,6 +59,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         collapse: false,
         attach: None,
         once: true,
+        replace: false,
         kept: false,
         json: false,
     })?;

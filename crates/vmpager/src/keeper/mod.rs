@@ -24,6 +24,7 @@
 //! If the keeper itself is killed, its worker goes on serving the VMs it has and
 //! takes no new ones; nobody is left to take over from it.
 
+mod handover;
 mod message;
 mod table;
 
@@ -38,6 +39,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{error, info, warn};
 
+use self::handover::{Control, Predecessor, give};
 pub(crate) use self::message::{Kind, Message, receive, send};
 use self::table::{Entry, Table};
 use crate::daemon::{DaemonError, listen};
@@ -66,6 +68,8 @@ pub struct KeeperConfig {
     pub max_pause: Duration,
     /// A worker that lived so long is started again at once.
     pub settled: Duration,
+    /// Take over from the keeper that has the socket.
+    pub replace: bool,
 }
 
 impl KeeperConfig {
@@ -79,6 +83,7 @@ impl KeeperConfig {
             first_pause: Duration::from_millis(10),
             max_pause: Duration::from_secs(5),
             settled: Duration::from_secs(1),
+            replace: false,
         }
     }
 }
@@ -89,9 +94,26 @@ pub enum KeeperError {
     /// The socket cannot be had.
     #[error(transparent)]
     Socket(#[from] DaemonError),
+    /// There is nobody to take over from, or nothing that can be taken over.
+    #[error("replacing the daemon of {socket}: {problem}")]
+    Replace {
+        /// The socket.
+        socket: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// A system call that should not fail did.
     #[error("the keeper: {0}")]
     Io(#[from] io::Error),
+}
+
+/// How a keeper ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeeperEnd {
+    /// Its worker ended so, and no other one was started.
+    Worker(ExitStatus),
+    /// Another keeper has all it had.
+    Replaced,
 }
 
 /// The process that serves.
@@ -127,6 +149,9 @@ pub struct Keeper {
     stopping: bool,
     /// When to accept again, after that failed.
     accept_at: Option<Instant>,
+    control: Option<Control>,
+    /// The layout and the fingerprint of what the worker serves.
+    served: Option<[u64; 2]>,
 }
 
 /// After a failure that may pass (no descriptor left).
@@ -151,6 +176,8 @@ impl Keeper {
             stop,
             stopping: false,
             accept_at: None,
+            control: None,
+            served: None,
         })
     }
 
@@ -170,7 +197,10 @@ impl Keeper {
     /// # Errors
     ///
     /// If the socket cannot be had, or the keeper's own system calls fail.
-    pub fn run(mut self) -> Result<ExitStatus, KeeperError> {
+    pub fn run(mut self) -> Result<KeeperEnd, KeeperError> {
+        if self.config.replace {
+            self.replace()?;
+        }
         loop {
             if self.worker.is_none() && self.start_at <= Instant::now() {
                 self.start_worker()?;
@@ -194,7 +224,10 @@ impl Keeper {
                 && let Some(status) = self.worker_ended()?
             {
                 self.end();
-                return Ok(status);
+                return Ok(KeeperEnd::Worker(status));
+            }
+            if seen.asked && self.hand_over()? {
+                return Ok(KeeperEnd::Replaced);
             }
         }
     }
@@ -214,6 +247,80 @@ impl Keeper {
         Ok(())
     }
 
+    /// Takes over from another keeper: a worker is ready before that lets go.
+    fn replace(&mut self) -> Result<(), KeeperError> {
+        let socket = self.config.socket.clone();
+        let problem = |problem: String| KeeperError::Replace { socket: socket.clone(), problem };
+        let predecessor = Predecessor::ask(&socket).map_err(|error| {
+            problem(format!("{error}; is a daemon of this user running there?"))
+        })?;
+        self.start_worker()?;
+        let Some(worker) = &mut self.worker else { return Ok(()) };
+        let ready = handover::await_message(&worker.channel);
+        let taken = match ready {
+            Ok(Message { kind: Kind::Ready, args: [layout, fingerprint, _], .. }) => {
+                judge(predecessor.served, [layout, fingerprint]).map_err(problem).and_then(|()| {
+                    let listener = predecessor.take(&mut self.table);
+                    // Whoever comes next shall find this keeper.
+                    let taken = listener.and_then(|listener| {
+                        let control = Control::open(&socket)?;
+                        predecessor.confirm().map(|()| (listener, control))
+                    });
+                    taken.map_err(|error| problem(format!("taking over: {error}")))
+                })
+            }
+            other => Err(problem(format!("the worker process is not ready: {other:?}"))),
+        };
+        let (listener, control) = match taken {
+            Ok(taken) => taken,
+            Err(error) => {
+                let _ = worker.child.kill();
+                let _ = worker.child.wait();
+                return Err(error);
+            }
+        };
+        worker.ready = true;
+        worker.tell = self.table.entries().map(Tell::Entry).chain([Tell::Known]).collect();
+        self.served = Some(predecessor.served);
+        self.listener = Some(UnixListener::from(listener));
+        self.control = Some(control);
+        self.tell_worker();
+        info!(peers = self.table.peers(), "replaced the daemon");
+        Ok(())
+    }
+
+    /// Another keeper asks for all there is. Whether it has that now.
+    fn hand_over(&mut self) -> Result<bool, KeeperError> {
+        let (Some(control), Some(served)) = (&self.control, self.served) else { return Ok(false) };
+        let asking = match control.answer(served) {
+            Ok(asking) => asking,
+            Err(error) => {
+                warn!("asked to hand over: {error}; going on");
+                return Ok(false);
+            }
+        };
+        if let Some(worker) = &mut self.worker {
+            let _ = worker.child.kill();
+            worker.child.wait()?;
+        }
+        // What it said before it died.
+        self.hear_worker()?;
+        self.worker = None;
+        let Some(listener) = &self.listener else { return Ok(false) };
+        match give(&self.table, listener, &asking) {
+            Ok(()) => {
+                info!("another daemon has taken over");
+                Ok(true)
+            }
+            Err(error) => {
+                error!("handing over: {error}; going on");
+                self.start_at = Instant::now();
+                self.control = Some(Control::open(&self.config.socket)?);
+                Ok(false)
+            }
+        }
+    }
+
     /// Waits until something happens, or is due.
     fn wait(&mut self) -> io::Result<Seen> {
         let now = Instant::now();
@@ -230,6 +337,9 @@ impl Keeper {
             fds.push(PollFd::new(&worker.pidfd, PollFlags::IN));
         }
         fds.extend(listener.map(|listener| PollFd::new(listener, PollFlags::IN)));
+        let accepts = listener.is_some();
+        let control = self.control.as_ref().filter(|_| !self.stopping);
+        fds.extend(control.map(|control| PollFd::new(control.listener(), PollFlags::IN)));
         let start = self.worker.is_none().then_some(self.start_at);
         let due = start.into_iter().chain(self.accept_at).min();
         let timeout = due.map(|at| at.saturating_duration_since(now));
@@ -242,7 +352,8 @@ impl Keeper {
         let mut next = || seen.next().unwrap_or(false);
         let stop = next();
         let (heard, ended) = if self.worker.is_some() { (next(), next()) } else { (false, false) };
-        Ok(Seen { stop, heard, ended, peer: next() })
+        let peer = accepts && next();
+        Ok(Seen { stop, heard, ended, peer, asked: next() })
     }
 
     fn accept(&mut self) {
@@ -267,8 +378,9 @@ impl Keeper {
     fn hear_worker(&mut self) -> Result<(), KeeperError> {
         while let Some(worker) = &mut self.worker {
             match receive(&worker.channel) {
-                Ok(Some(Message { kind: Kind::Ready, .. })) => {
+                Ok(Some(Message { kind: Kind::Ready, args: [layout, fingerprint, _], .. })) => {
                     worker.ready = true;
+                    self.served = Some([layout, fingerprint]);
                     let entries = self.table.entries().map(Tell::Entry);
                     worker.tell = entries.chain([Tell::Known]).collect();
                     if self.stopping {
@@ -276,6 +388,7 @@ impl Keeper {
                     }
                     if self.listener.is_none() {
                         self.listener = Some(listen(&self.config.socket)?);
+                        self.control = Some(Control::open(&self.config.socket)?);
                     }
                 }
                 Ok(Some(message)) => {
@@ -353,8 +466,26 @@ impl Keeper {
         if self.listener.is_some() {
             crate::daemon::unlisten(&self.config.socket);
         }
+        self.control.iter().for_each(Control::close);
         info!("the keeper has ended");
     }
+}
+
+/// Whether a worker can go on with what another one serves, both by their layouts
+/// and fingerprints.
+fn judge([layout, source]: [u64; 2], [ours, our_source]: [u64; 2]) -> Result<(), String> {
+    if layout != ours {
+        return Err(format!(
+            "its page maps and records are of version {layout:#x}, this program's of {ours:#x}; \
+             nothing was taken. Let its VMs end first"
+        ));
+    }
+    if source != our_source {
+        return Err("it serves another source; nothing was taken. Give the same --memory or \
+                    --image"
+            .into());
+    }
+    Ok(())
 }
 
 /// ETOOMANYREFS.
@@ -370,4 +501,6 @@ struct Seen {
     ended: bool,
     /// Somebody connects.
     peer: bool,
+    /// Another keeper asks for all there is.
+    asked: bool,
 }

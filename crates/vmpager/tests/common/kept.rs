@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use vmpager::core::ByteRange;
-use vmpager::{Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperError, KeeperLink};
+use vmpager::{Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperEnd, KeeperError, KeeperLink};
 
 use super::{Random, child, faulty};
 
@@ -42,7 +42,7 @@ pub(crate) struct Kept {
     pub(crate) socket: PathBuf,
     dir: TempDir,
     stopper: UnixStream,
-    thread: Option<JoinHandle<Result<ExitStatus, KeeperError>>>,
+    thread: Option<KeeperThread>,
 }
 
 const WORKER: &str = "kept ";
@@ -53,23 +53,27 @@ impl Kept {
         super::log::everywhere();
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("pager.sock");
-        let task = (plan, dir.path());
-        let task = format!("{WORKER}{}", serde_json::to_string(&task).unwrap());
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args([test, "--exact", "--nocapture", "--test-threads=1"]);
-        command.env(child::TASK, task).stdout(std::process::Stdio::null());
-        let mut config = KeeperConfig::new(&socket, command);
-        config.first_pause = Duration::from_millis(1);
-        config.max_pause = Duration::from_millis(1);
-        let keeper = Keeper::new(config).unwrap();
-        let stopper = keeper.stopper().unwrap();
-        let thread = Some(std::thread::spawn(|| keeper.run()));
+        let (stopper, thread) = run_keeper(test, plan, dir.path(), false);
         let until = Instant::now() + Duration::from_secs(20);
         while !socket.exists() {
             assert!(Instant::now() < until, "no socket");
             std::thread::sleep(Duration::from_millis(1));
         }
-        Self { socket, dir, stopper, thread }
+        Self { socket, dir, stopper, thread: Some(thread) }
+    }
+
+    /// Has another keeper take over.
+    pub(crate) fn replace(&mut self, test: &str, plan: &Plan) {
+        let (stopper, thread) = run_keeper(test, plan, self.dir.path(), true);
+        let old = self.thread.replace(thread).unwrap().join().unwrap().unwrap();
+        assert_eq!(old, KeeperEnd::Replaced);
+        self.stopper = stopper;
+    }
+
+    /// What is wrong with replacing it by a keeper whose workers do this.
+    pub(crate) fn cannot_be_replaced(&self, test: &str, plan: &Plan) -> String {
+        let (_, thread) = run_keeper(test, plan, self.dir.path(), true);
+        thread.join().unwrap().unwrap_err().to_string()
     }
 
     pub(crate) fn connect(&self) -> UnixStream {
@@ -95,10 +99,28 @@ impl Kept {
     pub(crate) fn stop(mut self) {
         fs::write(self.dir.path().join("calm"), []).unwrap();
         self.stopper.write_all(b"x").unwrap();
-        let status = self.thread.take().unwrap().join().unwrap().unwrap();
-        assert!(status.success(), "{status}");
+        match self.thread.take().unwrap().join().unwrap().unwrap() {
+            KeeperEnd::Worker(status) => assert!(status.success(), "{status}"),
+            KeeperEnd::Replaced => panic!("replaced by nobody"),
+        }
         assert!(!self.socket.exists(), "the socket is left behind");
     }
+}
+
+type KeeperThread = JoinHandle<Result<KeeperEnd, KeeperError>>;
+
+fn run_keeper(test: &str, plan: &Plan, dir: &Path, replace: bool) -> (UnixStream, KeeperThread) {
+    let task = format!("{WORKER}{}", serde_json::to_string(&(plan, dir)).unwrap());
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([test, "--exact", "--nocapture", "--test-threads=1"]);
+    command.env(child::TASK, task).stdout(std::process::Stdio::null());
+    let mut config = KeeperConfig::new(dir.join("pager.sock"), command);
+    config.first_pause = Duration::from_millis(1);
+    config.max_pause = Duration::from_millis(1);
+    config.replace = replace;
+    let keeper = Keeper::new(config).unwrap();
+    let stopper = keeper.stopper().unwrap();
+    (stopper, std::thread::spawn(|| keeper.run()))
 }
 
 /// Runs the worker this process was started as, if it was; then returns true.
