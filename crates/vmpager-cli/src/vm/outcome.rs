@@ -91,18 +91,31 @@ pub(super) struct Exits {
     pub(super) installed: u64,
     /// Exits whose page was being fetched.
     pub(super) waited: u64,
+    /// Pages asked for again, after a wait.
+    pub(super) asked_again: u64,
     /// Exits with nothing missing any more.
     pub(super) reentered: u64,
     /// Changes of memory attributes.
     pub(super) cleared: u64,
+    /// Pages whose attribute another vCPU changed than the one that installed them.
+    pub(super) overtaken: u64,
     /// Faults left to the userfaultfd, the page being unknown.
     pub(super) fallbacks: u64,
 }
 
 impl From<ExitStats> for Exits {
     fn from(stats: ExitStats) -> Self {
-        let ExitStats { exits, installed, waited, reentered, cleared, fallbacks } = stats;
-        Self { exits, installed, waited, reentered, cleared, fallbacks }
+        let ExitStats {
+            exits,
+            installed,
+            waited,
+            asked_again,
+            reentered,
+            cleared,
+            overtaken,
+            fallbacks,
+        } = stats;
+        Self { exits, installed, waited, asked_again, reentered, cleared, overtaken, fallbacks }
     }
 }
 

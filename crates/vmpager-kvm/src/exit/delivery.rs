@@ -213,6 +213,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
     ///
     /// [`ExitError`]: the guest cannot go on.
     pub fn ask_again(&mut self, gpa: u64) -> Result<Delivered, ExitError> {
+        self.stats.asked_again += 1;
         self.bring(gpa)
     }
 
@@ -220,17 +221,12 @@ impl<I: PageInstaller> ExitDelivery<I> {
     fn exact(&mut self, vcpu: &VcpuFd, gpa: u64) -> Result<Delivered, ExitError> {
         let page = gpa / PAGE_BYTES * PAGE_BYTES;
         self.spot.visit(At::Page(page));
-        let before = self.stats;
+        let before = self.stats.reentered;
         let delivered = self.bring(page)?;
         // Another vCPU's clearing of the attribute was not yet over.
-        if delivered == Delivered::Resumed
-            && (before.installed, before.cleared) == (self.stats.installed, self.stats.cleared)
-        {
-            self.stats.reentered += 1;
-            if self.spot.exits > EXITS {
-                let regs = vcpu.get_regs().map_err(refused("read registers"))?;
-                return Err(ExitError::Stuck { rip: regs.rip });
-            }
+        if self.stats.reentered > before && self.spot.exits > EXITS {
+            let regs = vcpu.get_regs().map_err(refused("read registers"))?;
+            return Err(ExitError::Stuck { rip: regs.rip });
         }
         Ok(delivered)
     }
@@ -278,7 +274,8 @@ impl<I: PageInstaller> ExitDelivery<I> {
     /// Brings the page that stopped the vCPU.
     fn bring(&mut self, gpa: u64) -> Result<Delivered, ExitError> {
         let Some(hva) = self.memory.hva(gpa) else { return Ok(Delivered::NotOurs) };
-        match self.installer.resolve(hva) {
+        let resolution = self.installer.resolve(hva);
+        match resolution {
             Resolution::Installed => self.stats.installed += 1,
             Resolution::Present => {}
             Resolution::Waiting => {
@@ -292,8 +289,11 @@ impl<I: PageInstaller> ExitDelivery<I> {
             Resolution::Filled => self.memory.stop_exits()?,
             Resolution::Ended => return Err(ExitError::PagerEnded),
         }
-        if self.memory.open(gpa, &self.installer)? {
-            self.stats.cleared += 1;
+        match self.memory.open(gpa, &self.installer)? {
+            Some(true) => self.stats.cleared += 1,
+            Some(false) if resolution == Resolution::Installed => self.stats.overtaken += 1,
+            Some(false) => self.stats.reentered += 1,
+            None => {}
         }
         Ok(Delivered::Resumed)
     }

@@ -140,17 +140,18 @@ impl ExitMemory {
         self.slots.iter().find(|slot| (slot.gpa..slot.gpa + slot.len).contains(&gpa))
     }
 
-    /// Lets vCPUs have a page that is in place. Whether they could not so far,
-    /// as far as is known.
+    /// Lets vCPUs have a page that is in place. Whether they could not so far, as
+    /// far as is known; `None` where that is not a matter of single pages.
     pub(super) fn open<I: PageInstaller>(
         &self,
         gpa: u64,
         installer: &I,
-    ) -> Result<bool, ExitError> {
+    ) -> Result<Option<bool>, ExitError> {
         let (Exits::Attributes(attributes), Some(slot)) = (&self.exits, self.slot(gpa)) else {
-            return Ok(false);
+            return Ok(None);
         };
-        attributes.clear(slot, gpa, |offset| installer.is_present(Hva(self.mapping.hva() + offset)))
+        let is_present = |offset| installer.is_present(Hva(self.mapping.hva() + offset));
+        attributes.clear(slot, gpa, is_present).map(Some)
     }
 
     /// No page is missing any more: faults need no exit. (With attributes, a

@@ -142,10 +142,16 @@ pub struct ExitStats {
     pub installed: u64,
     /// Exits whose page was being fetched.
     pub waited: u64,
-    /// Exits with nothing missing, answered by entering again.
+    /// Pages asked for again, after a wait.
+    pub asked_again: u64,
+    /// Exits with nothing missing, answered by entering again. With attributes,
+    /// those on whose page another vCPU had ended the exits.
     pub reentered: u64,
     /// Changes of memory attributes, of up to 2 MiB each.
     pub cleared: u64,
+    /// Pages installed whose attribute another vCPU, at a neighbour, changed before
+    /// the installer could.
+    pub overtaken: u64,
     /// Entries with the view readable.
     pub fallbacks: u64,
 }
@@ -158,8 +164,10 @@ impl std::ops::Add for ExitStats {
             exits: self.exits + other.exits,
             installed: self.installed + other.installed,
             waited: self.waited + other.waited,
+            asked_again: self.asked_again + other.asked_again,
             reentered: self.reentered + other.reentered,
             cleared: self.cleared + other.cleared,
+            overtaken: self.overtaken + other.overtaken,
             fallbacks: self.fallbacks + other.fallbacks,
         }
     }
