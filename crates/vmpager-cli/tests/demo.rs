@@ -205,6 +205,8 @@ fn bench_restore_measures_several_sizes_of_sparse_memory() {
     assert_eq!(sizes, [16 << 20, 16 << 20, 2 << 30, 2 << 30]);
     assert_eq!(report["touches"], 1024, "as many as there are");
     assert!(rows.iter().all(|row| row["first_instruction_ms"].as_f64().unwrap() > 0.0));
+    let by_kvm = report["vm"] == "kvm";
+    assert!(rows.iter().all(|row| row["memslot_ms"].as_f64().is_some_and(|ms| ms > 0.0) == by_kvm));
 }
 
 #[test]

@@ -10,17 +10,19 @@
 //! inside KVM.
 
 use std::io;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use vmpager_kvm::exit::Mechanism;
-use vmpager_sys::memory::GuestRange;
+use vmpager_sys::memory::{GuestRange, Mapping};
 use vmpager_sys::uffd::{Features, Message, Messages, Userfaultfd};
 
+use crate::device::to_usize;
 use crate::error::VmError;
-use crate::kvm::Trial;
+use crate::kvm::{Trial, memslot_time};
 use crate::restore::Delivery;
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
@@ -68,6 +70,19 @@ impl DeliveryCosts {
     }
 }
 
+/// How long KVM takes to accept so much memory in a VM that has nothing else: no
+/// restore is faster. With shadow page tables it grows with the memory, because
+/// KVM makes an entry for each page there and then.
+///
+/// # Errors
+///
+/// If there is no KVM for this user, or no room for so much memory.
+pub fn memslot_cost(memory_bytes: u64) -> Result<Duration, VmError> {
+    let memory = Mapping::anonymous(to_usize(memory_bytes))
+        .map_err(|error| VmError::Memory { bytes: memory_bytes, error })?;
+    memslot_time(&Arc::new(memory))
+}
+
 /// What the guest reads.
 const PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
@@ -110,6 +125,19 @@ mod tests {
         };
         assert_eq!(choice(4, 12), Delivery::Exit(Mechanism::View));
         assert_eq!(choice(48, 18), Delivery::Userfaultfd);
+    }
+
+    #[test]
+    fn a_memslot_costs_something_at_any_size() {
+        for bytes in [4 << 20, 4 << 30] {
+            match memslot_cost(bytes) {
+                Err(VmError::NoKvm(error)) => {
+                    vmpager_testing::skipped(&format!("no /dev/kvm ({error})"));
+                    return;
+                }
+                cost => assert!(cost.unwrap() > Duration::ZERO),
+            }
+        }
     }
 
     #[test]

@@ -47,7 +47,7 @@
 //! | `state_file` | all of a saved VM but its memory, versioned and checked |
 //! | `pieces` | the checksums of a memory file |
 //! | `snapshot`, `restore` | state and memory files, and the ways back from them |
-//! | `costs` | which delivery of faults is the cheaper one here |
+//! | `costs` | what the kernel asks here for what a restore needs |
 //! | `bringer` | what a vCPU's thread brings pages by |
 //! | `vm` | the VM with the built-in guest |
 //! | `run` | vCPU threads of a Linux guest |
@@ -82,7 +82,7 @@ mod workload;
 
 pub use checksum::checksum;
 pub use contents::{Contents, Kind};
-pub use costs::DeliveryCosts;
+pub use costs::{DeliveryCosts, memslot_cost};
 pub use devices::{ConsoleInput, GuestEnd};
 pub use error::VmError;
 pub use filling::Filling;

@@ -22,7 +22,7 @@ pub(crate) use program::{Command, Parameters, code, pattern};
 pub(crate) use state::KvmState;
 #[cfg(test)]
 pub(crate) use state::{Irqchip, Lapic, MachineState, VcpuState};
-pub(crate) use trial::Trial;
+pub(crate) use trial::{Trial, memslot_time};
 pub(crate) use tsc::nanoseconds_per_cycle;
 pub(crate) use vcpu::{Answer, Stopped, Vcpu};
 pub(crate) use view::view;

@@ -12,7 +12,7 @@ use self::subject::Subject;
 use crate::image::CodecArg;
 use crate::restore::{Cache, Mode, Restored, Work, prepare_cache, restore, warm_up_memory};
 use crate::size;
-use crate::vm_process::GuestCpu;
+use crate::vm_process::{GuestCpu, millis};
 
 /// Options of `vmpager bench restore`.
 #[derive(Clone, Debug, clap::Args)]
@@ -23,6 +23,8 @@ use crate::vm_process::GuestCpu;
     vmpager bench restore --memory 1G --modes mmap,packed,packed+profile --cache cold\n\n\
     Rounds are interleaved; each number is the median of its rounds. Ratios are of the\n\
     time from the start of the VM's process to the end of its work: below 1 is faster.\n\
+    memslot_ms is the time in which KVM accepts as much memory in a VM that has nothing\n\
+    else, and part of every first_instruction_ms; with shadow paging it grows with it.\n\
     Profiles are recorded beforehand, of a guest that does the same work.")]
 pub(crate) struct RestoreArgs {
     /// Guest memory; several sizes are measured one after the other.
@@ -120,7 +122,11 @@ fn measure(args: &RestoreArgs, subject: &Subject, report: &mut Report) -> anyhow
     let caches = args.cache.map_or_else(|| vec![Cache::Warm, Cache::Cold], |cache| vec![cache]);
     for cache in caches {
         let mut runs: Vec<Vec<Restored>> = vec![Vec::new(); modes.len()];
+        let mut memslots = Vec::new();
         for _ in 0..args.rounds {
+            if subject.vm == "kvm" {
+                memslots.push(millis(vmpager_vm::memslot_cost(subject.memory_bytes)?));
+            }
             for (mode, runs) in modes.iter().zip(&mut runs) {
                 for file in mode.files(&subject.paths) {
                     prepare_cache(&file, cache)?;
@@ -133,7 +139,7 @@ fn measure(args: &RestoreArgs, subject: &Subject, report: &mut Report) -> anyhow
                 runs.push(restored);
             }
         }
-        report.rows.extend(Row::of(&modes, cache, subject, &runs));
+        report.rows.extend(Row::of(&modes, cache, subject, &runs, &memslots));
     }
     Ok(())
 }

@@ -28,6 +28,8 @@ pub(super) struct Row {
     cache: &'static str,
     guest: &'static str,
     first_instruction_ms: f64,
+    /// What of it KVM takes to accept the memory; absent without KVM.
+    memslot_ms: Option<f64>,
     workload_ms: f64,
     full_ms: Option<f64>,
     faults: f64,
@@ -48,7 +50,9 @@ impl Row {
         cache: Cache,
         subject: &Subject,
         runs: &[Vec<Restored>],
+        memslots: &[f64],
     ) -> Vec<Self> {
+        let memslot_ms = (!memslots.is_empty()).then(|| median(memslots.iter().copied()));
         let of = |mode: Mode, number: fn(&Restored) -> f64| {
             let index = modes.iter().position(|m| *m == mode)?;
             Some(median(runs[index].iter().map(number)))
@@ -64,6 +68,7 @@ impl Row {
                 cache: cache.name(),
                 guest: subject.guest,
                 first_instruction_ms: round(middle(first)),
+                memslot_ms: memslot_ms.map(round),
                 workload_ms: round(middle(workload)),
                 full_ms: of(mode, |r| r.full_ms.unwrap_or(0.0)).filter(|ms| *ms > 0.0).map(round),
                 faults: middle(|r| to_f64(r.faults)),
@@ -104,7 +109,7 @@ impl Report {
 fn show(report: &Report) -> anyhow::Result<()> {
     output::line(&format!(
         "{} guest, {} pages touched, {} rounds, vCPU by {}\n\n\
-         {:>10} {:<15} {:<5} {:>12} {:>12} {:>9} {:>25} {:>7} {:>7}",
+         {:>10} {:<15} {:<5} {:>12} {:>12} {:>12} {:>9} {:>25} {:>7} {:>7}",
         report.rows.first().map_or("no", |row| row.guest),
         report.touches,
         report.rounds,
@@ -113,6 +118,7 @@ fn show(report: &Report) -> anyhow::Result<()> {
         "restore",
         "cache",
         "first instr.",
+        "memslot",
         "work done",
         "faults",
         "stall p50 / p99 / max us",
@@ -122,11 +128,12 @@ fn show(report: &Report) -> anyhow::Result<()> {
     let times = |ratio: Option<f64>| ratio.map_or_else(|| "-".into(), |r| format!("{r:.2}"));
     for row in &report.rows {
         output::line(&format!(
-            "{:>10} {:<15} {:<5} {:>9.1} ms {:>9.0} ms {:>9.0} {:>25} {:>7} {:>7}",
+            "{:>10} {:<15} {:<5} {:>9.1} ms {:>12} {:>9.0} ms {:>9.0} {:>25} {:>7} {:>7}",
             size::show(row.memory_bytes),
             row.mode,
             row.cache,
             row.first_instruction_ms,
+            row.memslot_ms.map_or_else(|| "-".into(), |ms| format!("{ms:.1} ms")),
             row.workload_ms,
             row.faults,
             format!("{:.1} / {:.0} / {:.0}", row.p50_us, row.p99_us, row.max_us),
