@@ -68,6 +68,7 @@ fn host(command_line: &CommandLine) -> anyhow::Result<()> {
         vmpager: "/bin/vmpager".into(),
         matrix: "/bin/matrix".into(),
         kernel: "/lab/kernel".into(),
+        host_kernel: "/lab/host-kernel".into(),
         initrd: "/lab/guest-initramfs".into(),
         scratch: "/tmp".into(),
         direct: false,

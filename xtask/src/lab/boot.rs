@@ -117,6 +117,7 @@ impl Boot {
         command.args(["run", "--direct"]).arg("--vmpager").arg(&programs.vmpager);
         command.arg("--matrix").arg(&programs.matrix);
         command.arg("--kernel").arg(guest.image()).arg("--initrd").arg(initrd);
+        command.arg("--host-kernel").arg(guest.image());
         command.arg("--scratch").arg(scratch);
         command.args(cases.iter().map(|case| &case.name));
         let (sender, lines) = channel();

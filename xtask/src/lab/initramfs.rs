@@ -36,6 +36,7 @@ pub(super) fn host(
         archive.add(&name, FILE, &module.object)?;
     }
     archive.copy("lab/kernel", FILE, guest.image())?;
+    archive.copy("lab/host-kernel", FILE, host.image())?;
     let inner = path.with_extension("guest");
     self::guest(&inner, programs)?;
     archive.copy("lab/guest-initramfs", FILE, &inner)?;

@@ -19,6 +19,10 @@ use crate::cpus::guest_command;
 /// them at once takes its time.
 pub(super) const PATIENCE: Duration = Duration::from_secs(40);
 
+/// How long the load may take to begin: a distribution's kernel as guest, in the
+/// emulator, takes its time.
+const BOOTING: Duration = Duration::from_secs(150);
+
 /// Lines of the console to show when something goes wrong.
 const SHOWN: usize = 40;
 
@@ -90,16 +94,25 @@ impl Guest {
         let Size { vcpus, memory_mib, still, readers, moving } = size;
         // No huge pages: pages are to stay where they are.
         let cmdline = format!(
-            "console=ttyS0 quiet transparent_hugepage=never lab.load={vcpus} lab.still={still} \
-             lab.readers={readers} lab.moving={moving}"
+            "console=ttyS0 quiet mitigations=off transparent_hugepage=never lab.load={vcpus} \
+             lab.still={still} lab.readers={readers} lab.moving={moving}"
         );
         let mut command = guest_command(lab, &lab.vmpager);
         command.args(["vm", "run"]).arg("--kernel").arg(&lab.kernel);
         command.arg("--initrd").arg(&lab.initrd).args(["--cmdline", &cmdline]);
         command.args(["--memory", &format!("{memory_mib}M"), "--vcpus", &vcpus.to_string()]);
         let mut guest = Self::start(command.args(more), "control")?;
-        guest.find("its load to start", |line| line.contains("load: ready").then_some(()))?;
+        guest.find_within(BOOTING, "its load to start", |line| {
+            line.contains("load: ready").then_some(())
+        })?;
         Ok(guest)
+    }
+
+    /// How many CPUs the guest's kernel uses, as it said when its load began.
+    pub(super) fn cpus(&self) -> anyhow::Result<u64> {
+        let said = self.console.iter().find_map(|line| line.split_once("load: ready"));
+        let cpus = said.and_then(|(_, words)| words.split_once("cpus=")?.1.trim().parse().ok());
+        cpus.with_context(|| format!("it did not say how many CPUs it has{}", self.tail()))
     }
 
     /// Starts a `vmpager vm` process with a control socket in this directory.
@@ -141,7 +154,16 @@ impl Guest {
         what: &str,
         find: impl Fn(&str) -> Option<T>,
     ) -> anyhow::Result<T> {
-        let deadline = Instant::now() + PATIENCE;
+        self.find_within(PATIENCE, what, find)
+    }
+
+    fn find_within<T>(
+        &mut self,
+        patience: Duration,
+        what: &str,
+        find: impl Fn(&str) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let deadline = Instant::now() + patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.next_line(left)? {
@@ -150,7 +172,7 @@ impl Guest {
                         return Ok(found);
                     }
                 }
-                None => bail!(self.lost(&format!("waiting for {what}: nothing in {PATIENCE:?}"))),
+                None => bail!(self.lost(&format!("waiting for {what}: nothing in {patience:?}"))),
             }
         }
     }

@@ -7,6 +7,7 @@ mod exits;
 mod faulty;
 mod guest;
 mod host;
+mod large;
 mod linux;
 mod pager;
 mod private;
@@ -39,6 +40,7 @@ pub(crate) const ALL: &[Case] = &[
     case("host", "kvm_is_there", 20, host::kvm_is_there),
     case("host", "doctor_finds_what_restores_need", 20, host::doctor_finds_what_restores_need),
     case("host", "demo_restores_every_page_on_kvm", 120, host::demo_restores_every_page_on_kvm),
+    case("host", "large_memory_is_accepted_as_fast", 30, host::large_memory_is_accepted_as_fast),
     case("linux", "linux_boots_works_and_powers_off", 60, linux::linux_boots_works_and_powers_off),
     case("linux", "linux_boots_on_two_vcpus", 60, linux::linux_boots_on_two_vcpus),
     case("linux", "a_panic_of_the_guest_is_told", 60, linux::a_panic_of_the_guest_is_told),
@@ -87,6 +89,18 @@ pub(crate) const ALL: &[Case] = &[
         "a_broken_byte_of_memory_is_found_by_the_guest",
         90,
         restore::a_broken_byte_of_memory_is_found_by_the_guest,
+    ),
+    case(
+        "large",
+        "restored_on_huge_pages_it_goes_on",
+        120,
+        large::restored_on_huge_pages_it_goes_on,
+    ),
+    case(
+        "large",
+        "four_vcpus_restored_on_demand_go_on",
+        180,
+        large::four_vcpus_restored_on_demand_go_on,
     ),
     case("many", "ten_restores_side_by_side", 150, restore::ten_restores_side_by_side),
     case("matrix", "every_access_finds_its_page", 240, exits::every_access_finds_its_page),
@@ -186,6 +200,9 @@ pub(crate) struct Lab {
     /// The guests' kernel.
     #[arg(long)]
     pub(crate) kernel: PathBuf,
+    /// The emulated machine's own kernel.
+    #[arg(long)]
+    pub(crate) host_kernel: PathBuf,
     /// What the guests start from.
     #[arg(long)]
     pub(crate) initrd: PathBuf,
@@ -200,12 +217,13 @@ pub(crate) struct Lab {
 impl Lab {
     /// The same, for another process.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
-        let Self { vmpager, matrix, kernel, initrd, scratch, direct } = self;
+        let Self { vmpager, matrix, kernel, host_kernel, initrd, scratch, direct } = self;
         let direct = direct.then(|| "--direct".into());
         let paths = [
             ("--vmpager", vmpager),
             ("--matrix", matrix),
             ("--kernel", kernel),
+            ("--host-kernel", host_kernel),
             ("--initrd", initrd),
             ("--scratch", scratch),
         ];

@@ -43,11 +43,16 @@ impl Saved {
         Ok(Self { state: dir.join("state"), memory: dir.join("memory"), beat, size: *size })
     }
 
+    /// Takes a snapshot in this directory, and ends the guest.
+    pub(super) fn of(lab: &Lab, guest: Guest, size: &Size) -> anyhow::Result<Self> {
+        let dir = PathBuf::from("saved");
+        let beat = save(lab, guest, &dir)?;
+        Ok(Self { state: dir.join("state"), memory: dir.join("memory"), beat, size: *size })
+    }
+
     /// Takes the next snapshot, of a guest restored from this one.
     pub(super) fn succeed(&self, lab: &Lab, guest: Guest) -> anyhow::Result<Self> {
-        let dir = PathBuf::from("next");
-        let beat = save(lab, guest, &dir)?;
-        Ok(Self { state: dir.join("state"), memory: dir.join("memory"), beat, size: self.size })
+        Self::of(lab, guest, &self.size)
     }
 
     /// Restores it. The guest must go on where it was.

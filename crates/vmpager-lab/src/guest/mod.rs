@@ -53,7 +53,11 @@ pub(crate) fn run(command_line: &CommandLine) -> anyhow::Result<()> {
     let load = Arc::new(Load::default());
     let mut threads = Some(Threads::start(&load, &size));
     let Size { writers, still, moving, .. } = size;
-    say(&mut console, &format!("ready writers={writers} still={still} moving={moving}"))?;
+    let cpus = thread::available_parallelism().context("counting CPUs")?;
+    say(
+        &mut console,
+        &format!("ready writers={writers} still={still} moving={moving} cpus={cpus}"),
+    )?;
 
     let mut beats = 0u64;
     let begin = Instant::now();
