@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use common::child;
 use common::home::{home, memfd, view};
 use common::*;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 use vmpager::attach::{Page, QueueOwner, WaitError};
 use vmpager::core::{ByteRange, Hva};
@@ -64,6 +65,22 @@ fn a_signal_ends_a_wait_and_nothing_of_it_stays_queued() {
             assert!(owner.reader(1).unwrap().take().is_none());
         }
     });
+}
+
+/// A reader dies with faults taken: whoever cleans up after it gives them to
+/// another, and readers hear of it.
+#[test]
+fn what_a_dead_reader_had_taken_is_anothers() {
+    let owner = QueueOwner::new().unwrap();
+    let client = owner.client().unwrap();
+    [7, 9].into_iter().for_each(|gfn| client.request(gfn).unwrap());
+    let (dead, other) = (owner.reader(1).unwrap(), owner.reader(2).unwrap());
+    assert_eq!([dead.take().unwrap().gfn, dead.take().unwrap().gfn], [7, 9]);
+    assert!(other.take().is_none());
+    owner.recover(Some(1));
+    let mut fds = [PollFd::new(&other, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&Timespec::default())), Ok(1), "told");
+    assert_eq!([other.take().unwrap().gfn, other.take().unwrap().gfn], [7, 9]);
 }
 
 #[test]
