@@ -37,6 +37,11 @@ pub(crate) fn run_off_the_first(command: &[OsString]) -> io::Error {
     Command::new(program).args(arguments).exec()
 }
 
+/// Has this process, whose threads are to run guests, stay off the first CPU.
+pub(crate) fn run_guests_here(lab: &Lab) -> io::Result<()> {
+    if lab.direct { Ok(()) } else { leave_the_first() }
+}
+
 fn leave_the_first() -> io::Result<()> {
     let mut cpus: CpuSet = sched_getaffinity(None)?;
     cpus.unset(0);

@@ -140,6 +140,19 @@ impl Device {
     pub(crate) fn stalls(&self, touches: usize) -> Stalls {
         let mut bytes = vec![0; touches * 4];
         self.mapping.read(self.stalls_at(0), &mut bytes);
+        Self::stalls_in(&bytes)
+    }
+
+    /// How long a vCPU's conversions took.
+    pub(crate) fn conversion_stalls(&self, vcpu: usize, conversions: usize) -> Stalls {
+        let mut bytes = vec![0; conversions * OP_BYTES];
+        self.mapping.read(self.ops_at(vcpu * OPS), &mut bytes);
+        let cycles = bytes.as_chunks::<OP_BYTES>().0.iter().flat_map(|op| op[12..].to_vec());
+        Self::stalls_in(&cycles.collect::<Vec<u8>>())
+    }
+
+    /// Cycles, u32 each.
+    fn stalls_in(bytes: &[u8]) -> Stalls {
         let nanoseconds_per_cycle = kvm::nanoseconds_per_cycle();
         #[allow(
             clippy::cast_possible_truncation,

@@ -138,12 +138,20 @@ pub struct ConvertWorkload {
     pub seed: u64,
     /// Numbers of pages of which each conversion has one, by chance.
     pub sizes: Vec<u64>,
+    /// Instead of by chance, range after range, each made private and shared again:
+    /// for benchmarks.
+    pub to_and_fro: bool,
 }
 
 impl Default for ConvertWorkload {
     /// 4 KiB to 2 MiB + 4 KiB, mostly small.
     fn default() -> Self {
-        Self { conversions: 64, seed: 1, sizes: vec![1, 1, 1, 1, 2, 2, 3, 8, 16, 64, 512, 513] }
+        Self {
+            conversions: 64,
+            seed: 1,
+            sizes: vec![1, 1, 1, 1, 2, 2, 3, 8, 16, 64, 512, 513],
+            to_and_fro: false,
+        }
     }
 }
 
@@ -186,11 +194,16 @@ impl ConvertWorkload {
         let mut rng = crate::contents::Rng(self.seed ^ vcpu << 48);
         let room = area.end - area.start;
         let small = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        let op = |_| {
+        let op = |number: u64| {
             let choice = to_usize(rng.below(self.sizes.len().max(1) as u64));
             let pages = self.sizes.get(choice).copied().unwrap_or(1).clamp(1, room);
-            let first = area.start + rng.below(room - pages + 1);
-            let flags = if rng.below(2) == 0 { TO_PRIVATE } else { 0 };
+            let (first, to_private) = if self.to_and_fro {
+                (number / 2 % (room / pages) * pages, number.is_multiple_of(2))
+            } else {
+                (rng.below(room - pages + 1), rng.below(2) == 0)
+            };
+            let first = area.start + first;
+            let flags = if to_private { TO_PRIVATE } else { 0 };
             let tag = small(1 + rng.below(LARGEST_TAG));
             Op { first: small(first), pages: small(pages), flags, tag }
         };

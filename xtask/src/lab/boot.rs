@@ -94,7 +94,11 @@ impl Boot {
             .arg(initramfs)
             .arg("-append")
             // On a panic the machine resets, which ends the emulator.
-            .arg(format!("console=ttyS0 quiet panic=-1 lab.tests={}", names.join(",")));
+            .arg(format!(
+                "console=ttyS0 quiet panic=-1 lab.tests={}{}",
+                names.join(","),
+                settings()
+            ));
         let (sender, lines) = channel();
         let (mut child, errors) = start(&mut command)?;
         read(child.stdout.take(), &sender, Line::Console);
@@ -154,6 +158,12 @@ impl Boot {
 
 /// Starts a program, and collects what it says on standard error: the
 /// emulator has opinions on CPU features there, of interest only if it fails.
+/// Settings of tests, which the kernel hands to its init as environment.
+fn settings() -> String {
+    let of_tests = std::env::vars().filter(|(name, _)| name.starts_with("VMPAGER_LAB_TEST_"));
+    of_tests.map(|(name, value)| format!(" {name}={value}")).collect()
+}
+
 fn start(command: &mut Command) -> anyhow::Result<(Child, thread::JoinHandle<String>)> {
     let mut child = command
         .stdin(Stdio::null())

@@ -3,6 +3,7 @@
 
 mod apf;
 mod attach;
+mod convert;
 mod exit;
 mod fault;
 mod image;
@@ -27,6 +28,9 @@ pub(crate) enum BenchCommand {
     /// Memory shared between processes: faults of one that takes part against
     /// the pager's own, the fault queue, a look at the page map.
     Attach(attach::AttachArgs),
+    /// Pages converted between private and shared: how fast, against the bare calls,
+    /// and how long other vCPUs' faults take meanwhile.
+    Convert(convert::ConvertArgs),
     /// A whole VM restored: eagerly, by mmap, on demand, against a handler
     /// that answers each fault with one page.
     Restore(restore::RestoreArgs),
@@ -39,6 +43,7 @@ pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Apf(args) => apf::run(args),
         BenchCommand::Image(args) => image::run(args),
         BenchCommand::Attach(args) => attach::run(args),
+        BenchCommand::Convert(args) => convert::run(args),
         BenchCommand::Restore(args) => restore::run(args),
     }
 }

@@ -244,8 +244,9 @@ const CAPABILITIES: &[Capability] = &[
         id: "kvm.guest_memfd",
         label: "GUEST_MEMFD",
         value: |kvm| yes(kvm.guest_memfd),
-        with: "not used yet: guests can have memory that the VMM does not map",
-        without: "not used yet: no private memory",
+        with: "in sw-protected VMs (see kvm.vm_types), private pages of a guest are in memory \
+               that the VMM cannot map: vm run --private-memory",
+        without: "private pages stay in place: vm run --private-memory=in-place",
         remedy: "use Linux 6.18 or later, or 6.8 built with CONFIG_KVM_SW_PROTECTED_VM=y",
     },
     Capability {
@@ -284,8 +285,8 @@ const CAPABILITIES: &[Capability] = &[
         id: "kvm.exit_hypercall",
         label: "EXIT_HYPERCALL",
         value: |kvm| bits(kvm.exit_hypercall),
-        with: "not used yet: a guest can ask for private or shared pages",
-        without: "not used yet: a guest cannot ask for private or shared pages",
+        with: "a guest can ask for private or shared pages: vm run --private-memory",
+        without: "a guest can ask for private or shared pages by a port only",
         remedy: "use Linux 5.14 or later",
     },
     Capability {

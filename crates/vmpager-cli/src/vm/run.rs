@@ -55,11 +55,15 @@ pub(crate) struct RunArgs {
     /// With the built-in guest: have memory that can be private to it, and let it
     /// convert pages to and fro, checking every byte.
     #[arg(long, value_enum, value_name = "WHERE", num_args = 0..=1, require_equals = true,
-        default_missing_value = "auto", requires = "guest")]
+        default_missing_value = "auto", requires = "guest", conflicts_with = "kernel")]
     private_memory: Option<PrivatePlace>,
     /// Conversions of each processor with --private-memory.
     #[arg(long, value_name = "N", default_value_t = 256, requires = "private_memory")]
     conversions: u64,
+    /// Convert at most so many pages at a time.
+    #[arg(long, value_name = "N", default_value_t = 513, requires = "private_memory",
+        value_parser = clap::value_parser!(u64).range(1..=513))]
+    most_pages: u64,
     /// Keep what pages hold when they are converted; else they become zeroes.
     #[arg(long, requires = "private_memory")]
     preserve: bool,
@@ -161,7 +165,9 @@ struct ConversionSummary {
 }
 
 fn convert(args: &RunArgs, vm: &mut Vm) -> anyhow::Result<ConversionSummary> {
-    let workload = ConvertWorkload { conversions: args.conversions, ..ConvertWorkload::default() };
+    let mut workload =
+        ConvertWorkload { conversions: args.conversions, ..ConvertWorkload::default() };
+    workload.sizes.retain(|pages| *pages <= args.most_pages);
     let ConvertReport {
         conversions,
         took,

@@ -28,6 +28,7 @@ mod log;
 mod tests;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -163,6 +164,8 @@ pub struct PrivateMemory {
     backend: Box<dyn Backend>,
     contents: Contents,
     intent: Intent,
+    /// Whether hypercalls are answered by bare calls.
+    bare: AtomicBool,
     /// Never held while a step is carried out.
     state: Mutex<Kept>,
     /// A conversion is over.
@@ -195,7 +198,8 @@ impl PrivateMemory {
             return Err(PrivateError::CannotPreserve { backend: backend.name() });
         }
         let state = Mutex::new(Kept { kinds, log: Log::default() });
-        Ok(Self { backend, contents, intent, state, over: Condvar::new() })
+        let bare = AtomicBool::new(false);
+        Ok(Self { backend, contents, intent, bare, state, over: Condvar::new() })
     }
 
     /// The back-end's name.
@@ -302,6 +306,9 @@ impl PrivateMemory {
     pub fn hypercall(&self, args: &[u64; 6]) -> u64 {
         let [gpa, pages, attributes, ..] = *args;
         let request = Request::of_hypercall(gpa, pages, attributes);
+        if self.bare.load(Ordering::Relaxed) {
+            return request.map_or(1, |request| self.bare_calls(&request));
+        }
         let converted = match request {
             Ok(request) => self.convert(&request, Cause::Hypercall),
             Err(refusal) => {
@@ -316,6 +323,24 @@ impl PrivateMemory {
             Err(ConvertError::Failed { error, .. }) => error.raw_os_error().unwrap_or(EFAULT),
         };
         i64::from(-errno).cast_unsigned()
+    }
+
+    /// For benchmarks, the floor of all conversions: from now on hypercalls are
+    /// answered by the back-end's bare calls, with no rules, no log, and nothing known
+    /// of kinds. Such a VM is good for nothing else any more.
+    pub fn answer_by_bare_calls(&self) {
+        self.bare.store(true, Ordering::Relaxed);
+    }
+
+    fn bare_calls(&self, request: &Request) -> u64 {
+        let Request { gpa, len, to } = *request;
+        let range = || gpa..gpa + len;
+        let done = self
+            .backend
+            .close(range(), to)
+            .and_then(|()| self.backend.discard(range(), to.other()))
+            .and_then(|()| self.backend.open(range(), to));
+        done.is_err().into()
     }
 
     /// Deals with a `KVM_EXIT_MEMORY_FAULT`: an access to these bytes, as to memory

@@ -137,7 +137,19 @@ pub(crate) const ALL: &[Case] = &[
         90,
         apf::told_of_faults_on_two_vcpus_it_goes_on,
     ),
-    case("private", "pages_are_converted_to_and_fro", 120, private::pages_are_converted_to_and_fro),
+    // Half an hour for a long run: see the case.
+    case(
+        "private",
+        "pages_are_converted_to_and_fro",
+        1800,
+        private::pages_are_converted_to_and_fro,
+    ),
+    case(
+        "private",
+        "restored_lazily_pages_are_converted",
+        120,
+        private::restored_lazily_pages_are_converted,
+    ),
     case("private", "pages_are_converted_in_place", 120, private::pages_are_converted_in_place),
     case("apf", "saved_with_tasks_asleep_it_goes_on", 120, apf::saved_with_tasks_asleep_it_goes_on),
     case(

@@ -1,40 +1,52 @@
 //! Private guest memory: the built-in guest converts pages to and fro, and every
 //! byte of them is checked, in the guest and by the host.
 
+use std::time::Instant;
+
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use vmpager_kvm::probe;
+use vmpager_vm::{
+    ConvertWorkload, Cpu, InProcess, PrivateBackend, PrivateConfig, RestoreMemory, SnapshotPaths,
+    Vm, VmConfig, Workload,
+};
 
 use super::Lab;
-use crate::cpus::guest_command;
+use crate::cpus::{guest_command, run_guests_here};
 
-/// Conversions of each vCPU; the long run has more.
-const CONVERSIONS: u64 = 400;
+const VCPUS: u64 = 3;
+/// Conversions of each vCPU, of 4 KiB to 2 MiB + 4 KiB.
+const CONVERSIONS: u64 = 200;
+/// Conversions of each vCPU, of up to 64 KiB.
+const SMALL_CONVERSIONS: u64 = 1000;
+/// Has another number of those.
+const SETTING: &str = "VMPAGER_LAB_TEST_CONVERSIONS";
+
+/// Without attributes private pages are kept in place, which tests less.
+fn best_backend() -> anyhow::Result<&'static str> {
+    let exact = probe::kvm()?.exact_memory_faults();
+    Ok(if exact { "guest_memfd" } else { "memory in place" })
+}
 
 pub(super) fn pages_are_converted_to_and_fro(lab: &Lab) -> anyhow::Result<()> {
-    let many = std::env::var("VMPAGER_LAB_CONVERSIONS").ok();
-    let each = match many {
-        Some(number) => {
-            number.parse().with_context(|| format!("VMPAGER_LAB_CONVERSIONS={number}"))?
-        }
-        None => CONVERSIONS,
-    };
-    let report = converts(lab, "auto", each, &[])?;
-    // Without attributes private pages are kept in place, which tests less.
-    let wanted =
-        if probe::kvm()?.exact_memory_faults() { "guest_memfd" } else { "memory in place" };
+    let report = converts(lab, "auto", CONVERSIONS, &[])?;
+    let wanted = best_backend()?;
     ensure!(report["backend"] == wanted, "not by {wanted}: {report}");
+    let small = match std::env::var(SETTING) {
+        Ok(number) => number.parse().with_context(|| format!("{SETTING}={number}"))?,
+        Err(_) => SMALL_CONVERSIONS,
+    };
+    converts(lab, "auto", small, &["--most-pages", "16"])?;
     Ok(())
 }
 
 pub(super) fn pages_are_converted_in_place(lab: &Lab) -> anyhow::Result<()> {
-    converts(lab, "in-place", CONVERSIONS, &[])?;
-    converts(lab, "in-place", CONVERSIONS, &["--preserve"])?;
+    converts(lab, "in-place", CONVERSIONS / 2, &[])?;
+    converts(lab, "in-place", CONVERSIONS / 2, &["--preserve"])?;
     Ok(())
 }
 
 fn converts(lab: &Lab, place: &str, each: u64, more: &[&str]) -> anyhow::Result<Value> {
-    const VCPUS: u64 = 3;
     let mut command = guest_command(lab, &lab.vmpager);
     command.args(["vm", "run", "--guest", "builtin", "--memory", "16M", "--json"]);
     command.args(["--vcpus", &VCPUS.to_string(), "--conversions", &each.to_string()]);
@@ -52,4 +64,58 @@ fn converts(lab: &Lab, place: &str, each: u64, more: &[&str]) -> anyhow::Result<
     ensure!(report["mismatches"] == 0 && output.status.success(), "{report}");
     ensure!(conversions["conversions"] == VCPUS * each, "{conversions}");
     Ok(conversions.clone())
+}
+
+/// Conversions race the installs of a lazily restored VM, and its background fill.
+/// In place, private pages come back as such; a guest_memfd's are shared first.
+pub(super) fn restored_lazily_pages_are_converted(lab: &Lab) -> anyhow::Result<()> {
+    run_guests_here(lab)?;
+    for backend in [PrivateBackend::Auto, PrivateBackend::InPlace] {
+        let private = Some(PrivateConfig { backend, ..PrivateConfig::default() });
+        let config = VmConfig {
+            memory_bytes: 16 << 20,
+            cpu: Cpu::Kvm,
+            vcpus: 2,
+            private,
+            ..VmConfig::default()
+        };
+        let mut vm = Vm::build(&config)?;
+        convert(&mut vm, 40, 1)?;
+        if vm.private().is_some_and(|private| !private.is_in_place()) {
+            let refused = save(&mut vm).err().context("saved what the host cannot read")?;
+            ensure!(refused.to_string().contains("guest_memfd"), "{refused}");
+            vm.share_all()?;
+        }
+        let snapshot = save(&mut vm)?;
+        let ranges = vm.private().map(|private| private.private_ranges());
+        for background_fill in [false, true] {
+            let lazily =
+                RestoreMemory::InProcess(InProcess { background_fill, ..InProcess::default() });
+            let mut restored = Vm::restore_with(&snapshot, lazily, Cpu::Kvm, backend)?;
+            let now = restored.private().map(|private| private.private_ranges());
+            ensure!(now == ranges, "{now:?} are private, not {ranges:?}");
+            restored.holds_as(&vm);
+            convert(&mut restored, 60, 2)?;
+            restored.prepare()?;
+            let report = restored.run(&Workload::default(), Instant::now())?;
+            ensure!(report.mismatches == 0, "{report:?}");
+            let host = restored.verify_from_host();
+            ensure!(host.mismatches == 0, "{host:?}");
+            let by = restored.private().map_or("nothing", |private| private.backend());
+            println!("{by}, fill {background_fill}: {} pages are right", report.pages);
+        }
+    }
+    Ok(())
+}
+
+fn save(vm: &mut Vm) -> anyhow::Result<vmpager_vm::Snapshot> {
+    vm.prepare()?;
+    Ok(vm.snapshot(&SnapshotPaths::in_dir("."))?)
+}
+
+fn convert(vm: &mut Vm, conversions: u64, seed: u64) -> anyhow::Result<()> {
+    let workload = ConvertWorkload { conversions, seed, ..ConvertWorkload::default() };
+    let report = vm.convert(&workload)?;
+    ensure!((report.mismatches, report.host_mismatches) == (0, 0), "{report:?}");
+    Ok(())
 }

@@ -91,6 +91,8 @@ pub(crate) struct Parameters {
     pub(crate) failed: u64,
     /// By the port: arguments and answer.
     pub(crate) call: [u64; 4],
+    /// Of the program's own: cycles of the last conversion.
+    pub(crate) cycles: u64,
 }
 
 const WORDS: usize = size_of::<Parameters>() / 8;
@@ -117,6 +119,7 @@ impl Parameters {
             self.call[1],
             self.call[2],
             self.call[3],
+            self.cycles,
         ]
     }
 
@@ -262,7 +265,7 @@ std::arch::global_asm!(
     "25: inc r12",
     "    jmp 21b",
 
-    // convert: r13 is the conversion: page, pages, flags, tag
+    // convert: r13 is the conversion: page, pages, flags, tag (and in the end cycles)
     "30: xor r12d, r12d",
     "31: cmp r12, [r15 + {count}]",
     "    jae 90f",
@@ -275,6 +278,11 @@ std::arch::global_asm!(
     "    inc rbx",
     "    cmp rbx, r14",
     "    jb 32b",
+    "    lfence",
+    "    rdtsc",
+    "    shl rdx, 32",
+    "    or rdx, rax",
+    "    push rdx",
     "    call 85f",
     "    shl rbx, 12",
     "    mov r8d, [r13 + 4]",
@@ -290,9 +298,17 @@ std::arch::global_asm!(
     "    mov al, 1",
     "    out {convert_port}, al",
     "    mov rax, [r15 + {call} + 24]",
-    "34: test rax, rax",
+    "34: mov r8, rax",
+    "    lfence",
+    "    rdtsc",
+    "    shl rdx, 32",
+    "    or rax, rdx",
+    "    pop rdx",
+    "    sub rax, rdx",
+    "    mov [r15 + {cycles}], rax",
+    "    test r8, r8",
     "    jz 35f",
-    "    mov [r15 + {failed}], rax",
+    "    mov [r15 + {failed}], r8",
     "    jmp 90f",
     // What the pages hold now, the kind they have, and something new in them.
     "35: call 85f",
@@ -313,6 +329,12 @@ std::arch::global_asm!(
     "    cmp rbx, r14",
     "    jb 36b",
     "    call 80f",
+    // how long it took, in place of its tag
+    "    mov rax, [r15 + {cycles}]",
+    "    mov ecx, 0xffffffff",
+    "    cmp rax, rcx",
+    "    cmova rax, rcx",
+    "    mov [r13 + 12], eax",
     "    inc r12",
     "    jmp 31b",
 
@@ -466,6 +488,7 @@ std::arch::global_asm!(
     gate = const offset_of!(Parameters, gate),
     failed = const offset_of!(Parameters, failed),
     call = const offset_of!(Parameters, call),
+    cycles = const offset_of!(Parameters, cycles),
     convert_port = const CONVERT_PORT,
     map_gpa_range = const HC_MAP_GPA_RANGE,
 );

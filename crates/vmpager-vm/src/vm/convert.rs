@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmpager_kvm::private::PrivateMemory;
+use vmpager::core::convert::{Kind, Request};
+use vmpager_kvm::private::{Cause, PrivateMemory};
 
 use super::Vm;
 use crate::device::{OPS, to_usize};
@@ -12,6 +13,8 @@ use crate::error::VmError;
 use crate::kvm::{Builtin, pattern};
 use crate::parallel::split;
 use crate::private::{ConvertReport, ConvertWorkload, IS_PRIVATE, UNKNOWN};
+use crate::report::Stalls;
+use crate::workload::Workload;
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
 const NONE_PRIVATE: VmError = VmError::NotPrivate {
@@ -64,6 +67,73 @@ impl Vm {
         })
     }
 
+    /// Has all pages shared, as the VMM's own wish: of a guest_memfd nothing can be
+    /// saved. What was private is zeroes then, unless contents are preserved.
+    ///
+    /// # Errors
+    ///
+    /// If memory cannot be private, or a conversion fails.
+    pub fn share_all(&mut self) -> Result<(), VmError> {
+        let private = self.private().ok_or(NONE_PRIVATE)?.clone();
+        self.tag_pages(&private);
+        for range in private.private_ranges() {
+            let len = range.end - range.start;
+            private.convert(&Request { gpa: range.start, len, to: Kind::Shared }, Cause::Host)?;
+        }
+        for page in self.layout.contents() {
+            let tag = self.device.tag(page);
+            if tag & IS_PRIVATE != 0 {
+                self.device.set_tag(page, if private.preserves() { tag & !IS_PRIVATE } else { 0 });
+            }
+        }
+        Ok(())
+    }
+
+    /// For benchmarks: the first vCPU does these conversions, or touches pages if
+    /// there are none to do, while each of the others touches that many pages of its
+    /// own that its VM has not mapped. How long the conversions took, and the touches
+    /// of the others. The guest is [prepared](Self::prepare) beforehand, and must be
+    /// again if something is converted.
+    ///
+    /// # Errors
+    ///
+    /// If memory cannot be private, there are more touches than pages, the guest
+    /// stops, or a conversion fails.
+    pub fn time_conversions(
+        &mut self,
+        workload: &ConvertWorkload,
+        touches: u64,
+    ) -> Result<(Stalls, Stalls), VmError> {
+        let private = self.private().ok_or(NONE_PRIVATE)?.clone();
+        let areas = split(self.layout.contents(), to_usize(self.layout.vcpus));
+        let mut order = Vec::new();
+        for (seed, area) in (workload.seed..).zip(&areas) {
+            let all = Workload { touches: Some(touches), seed, ..Workload::default() };
+            order.extend(all.pages(area.clone())?);
+            let bytes = area.start * PAGE_SIZE..area.end * PAGE_SIZE;
+            // The memory behind it stays: it is a file's.
+            let unmapped = self.memory.mapping.discard(to_usize(bytes.start)..to_usize(bytes.end));
+            unmapped.map_err(|error| VmError::Memory { bytes: bytes.end - bytes.start, error })?;
+        }
+        self.device.ask_work(&order, 0)?;
+        let conversions = to_usize(workload.conversions.min(OPS as u64));
+        let (Some(machine), Some(area)) = (&mut self.machine, areas.first()) else {
+            return Err(NONE_PRIVATE);
+        };
+        if conversions > 0 {
+            let ops = workload.ops(area, 0);
+            self.device.ask_convert(&[(area.clone(), ops)], private.preserves(), machine.gate());
+            for page in area.clone() {
+                self.device.set_tag(page, UNKNOWN);
+            }
+        }
+        machine.run()?;
+        self.check_conversions(&private)?;
+        let all = self.device.stalls(order.len());
+        let others = all.in_order().iter().skip(to_usize(touches)).copied().collect();
+        Ok((self.device.conversion_stalls(0, conversions), Stalls::new(others)))
+    }
+
     /// Says that pages hold what they do in another VM: the one whose snapshot this
     /// one was restored from. Else it is not known what they hold until they are
     /// converted.
@@ -89,16 +159,16 @@ impl Vm {
         let began = Instant::now();
         machine.run()?;
         let took = began.elapsed();
-        match self.device.failed_conversion() {
-            Some(answer) => {
-                let failed = private.log().into_iter().rev().find(|c| c.outcome.failed.is_some());
-                Err(VmError::ConversionRefused {
-                    answer: answer.cast_signed(),
-                    failed: failed.map(Box::new),
-                })
-            }
-            None => Ok(took),
-        }
+        self.check_conversions(private)?;
+        Ok(took)
+    }
+
+    /// Whether the guest was told of none that it failed.
+    fn check_conversions(&self, private: &PrivateMemory) -> Result<(), VmError> {
+        let Some(answer) = self.device.failed_conversion() else { return Ok(()) };
+        let failed = private.log().into_iter().rev().find(|c| c.outcome.failed.is_some());
+        let answer = answer.cast_signed();
+        Err(VmError::ConversionRefused { answer, failed: failed.map(Box::new) })
     }
 
     /// What pages hold is not known at first; which kind they are, is.
@@ -128,8 +198,13 @@ impl Vm {
             if is_private(page) != (tag & IS_PRIVATE != 0) {
                 wrong += 1;
             } else if tag & IS_PRIVATE != 0 {
-                // In a guest_memfd, it must be nowhere else.
-                wrong += u64::from(!private.is_in_place() && is_data(page));
+                // In a guest_memfd, what it holds must be nowhere else. (A pager may have
+                // put zeroes there, beside pages it brought.)
+                let is_elsewhere = !private.is_in_place() && is_data(page);
+                let at = to_usize(page) * PAGE_BYTES;
+                let is_zero = || (at..at + PAGE_BYTES).step_by(8).all(|at| view.read_u64(at) == 0);
+                let is_served = self.memory.pager().is_some();
+                wrong += u64::from(is_elsewhere && !(is_served && is_zero()));
             } else if tag != UNKNOWN {
                 let at = to_usize(page) * PAGE_BYTES;
                 self.memory.bring(at);

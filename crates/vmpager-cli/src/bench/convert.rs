@@ -1,0 +1,185 @@
+//! `vmpager bench convert`: pages converted between private and shared, against
+//! the bare calls that it takes.
+//!
+//! A vCPU of the built-in guest asks for each conversion and times it, the way to
+//! the VMM and back included; the pages were filled before, so that there is
+//! something to discard. Bare, the VMM answers by the same calls, and keeps no
+//! account of anything. Meanwhile a second vCPU touches pages that are in memory
+//! and not mapped: how long that takes is compared with the same while the first
+//! vCPU touches pages, too.
+
+use anyhow::Context;
+use serde::Serialize;
+use vmpager_kvm::probe;
+use vmpager_vm::{ConvertWorkload, Cpu, PrivateBackend, PrivateConfig, Stalls, Vm, VmConfig};
+
+use super::{median, round, to_f64};
+use crate::{output, size};
+
+/// Options of `vmpager bench convert`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = "Example:\n  vmpager bench convert --rounds 5 --json\n\n\
+    Rounds are interleaved; each number is the median of its rounds. guest_memfd needs\n\
+    a KVM with software-protected VMs; elsewhere private pages stay in place. A guest\n\
+    whose accesses ask for conversions needs a confidential VM, and is not measured.")]
+pub(crate) struct ConvertArgs {
+    /// Conversions of each size in a round.
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(2..=4096))]
+    conversions: u64,
+    /// Rounds.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    conversions: u64,
+    rounds: u32,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    backend: &'static str,
+    bytes: u64,
+    /// A conversion that the guest asks for: the medians of both ways, their mean.
+    explicit_us: f64,
+    explicit_per_s: f64,
+    /// The same, answered by the bare calls.
+    bare_us: f64,
+    ratio_bare: f64,
+    /// The 99th percentile of another vCPU's faults, while pages are converted.
+    others_p99_us: f64,
+    /// The same, while none is.
+    others_alone_p99_us: f64,
+    ratio_others: f64,
+}
+
+/// 4 KiB to 2 MiB + 4 KiB.
+const PAGES: [u64; 5] = [1, 16, 128, 512, 513];
+
+/// What one round measures.
+#[derive(Clone, Copy, Debug)]
+struct Measured {
+    explicit_us: f64,
+    bare_us: f64,
+    others_p99_us: f64,
+    others_alone_p99_us: f64,
+}
+
+pub(crate) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
+    let mut backends = vec![PrivateBackend::InPlace];
+    if probe::kvm()?.exact_memory_faults() {
+        backends.insert(0, PrivateBackend::GuestMemfd);
+    }
+    let mut rows = Vec::new();
+    for backend in backends {
+        for pages in PAGES {
+            rows.push(row(args, backend, pages)?);
+        }
+    }
+    let report = Report { conversions: args.conversions, rounds: args.rounds, rows };
+    if args.json { output::json(&report) } else { show(&report) }
+}
+
+fn row(args: &ConvertArgs, backend: PrivateBackend, pages: u64) -> anyhow::Result<Row> {
+    let rounds = (0..args.rounds).map(|seed| one_round(args, backend, pages, seed.into()));
+    let rounds = rounds.collect::<anyhow::Result<Vec<Measured>>>()?;
+    let all = |what: fn(&Measured) -> f64| median(rounds.iter().map(what));
+    let (explicit_us, bare_us) = (all(|r| r.explicit_us), all(|r| r.bare_us));
+    let others = all(|r| r.others_p99_us);
+    let alone = all(|r| r.others_alone_p99_us);
+    let name = match backend {
+        PrivateBackend::GuestMemfd => "guest_memfd",
+        PrivateBackend::InPlace | PrivateBackend::Auto => "memory in place",
+    };
+    Ok(Row {
+        backend: name,
+        bytes: pages * 4096,
+        explicit_us: round(explicit_us),
+        explicit_per_s: round(1e6 / explicit_us),
+        bare_us: round(bare_us),
+        ratio_bare: round(explicit_us / bare_us),
+        others_p99_us: round(others),
+        others_alone_p99_us: round(alone),
+        ratio_others: round(others / alone),
+    })
+}
+
+fn one_round(
+    args: &ConvertArgs,
+    backend: PrivateBackend,
+    pages: u64,
+    seed: u64,
+) -> anyhow::Result<Measured> {
+    let conversions = args.conversions;
+    let workload = ConvertWorkload { conversions, seed, sizes: vec![pages], to_and_fro: true };
+    let idle = ConvertWorkload { conversions: 0, ..workload.clone() };
+    let mut vm = build(backend)?;
+    let touches = (vm.content_pages() / 2).min(2000);
+    let (_, alone) = vm.time_conversions(&idle, touches)?;
+    let (explicit, others) = vm.time_conversions(&workload, touches)?;
+    let mut bare_vm = build(backend)?;
+    bare_vm.private().context("private memory")?.answer_by_bare_calls();
+    let (bare, _) = bare_vm.time_conversions(&workload, touches)?;
+    Ok(Measured {
+        explicit_us: both_ways_us(&explicit),
+        bare_us: both_ways_us(&bare),
+        others_p99_us: to_f64(others.p99()) / 1e3,
+        others_alone_p99_us: to_f64(alone.p99()) / 1e3,
+    })
+}
+
+/// The mean of the two directions' medians: they take turns, and differ.
+fn both_ways_us(stalls: &Stalls) -> f64 {
+    let way = |first| {
+        let each = stalls.in_order().iter().skip(first).step_by(2);
+        median(each.map(|nanoseconds| to_f64(*nanoseconds) / 1e3))
+    };
+    (way(0) + way(1)) / 2.0
+}
+
+fn build(backend: PrivateBackend) -> anyhow::Result<Vm> {
+    let private = Some(PrivateConfig { backend, ..PrivateConfig::default() });
+    let config = VmConfig {
+        memory_bytes: 16 << 20,
+        cpu: Cpu::Kvm,
+        vcpus: 2,
+        private,
+        ..VmConfig::default()
+    };
+    let mut vm = Vm::build(&config)?;
+    vm.prepare()?;
+    Ok(vm)
+}
+
+fn show(report: &Report) -> anyhow::Result<()> {
+    output::line(&format!(
+        "{:>16} {:>12} {:>12} {:>12} {:>7} {:>14} {:>14} {:>7}",
+        "private pages",
+        "range",
+        "conversion",
+        "bare calls",
+        "ratio",
+        "others' p99",
+        "alone",
+        "ratio"
+    ))?;
+    for row in &report.rows {
+        output::line(&format!(
+            "{:>16} {:>12} {:>9.1} us {:>9.1} us {:>6.2}x {:>11.1} us {:>11.1} us {:>6.2}x",
+            row.backend,
+            size::show(row.bytes),
+            row.explicit_us,
+            row.bare_us,
+            row.ratio_bare,
+            row.others_p99_us,
+            row.others_alone_p99_us,
+            row.ratio_others
+        ))?;
+    }
+    Ok(())
+}
