@@ -10,6 +10,7 @@ use vmpager_sys::memory::Mapping;
 use crate::PAGE_BYTES;
 use crate::checksum::checksum;
 use crate::device::to_usize;
+use crate::error::VmError;
 use crate::layout::Layout;
 use crate::parallel::split;
 use crate::report::{RunReport, Stalls};
@@ -50,35 +51,41 @@ struct Round {
 }
 
 /// Touches and verifies the pages, one thread per vCPU.
+///
+/// # Errors
+///
+/// [`VmError::Thread`] if this system refuses one; the others finish first.
 pub(crate) fn work(
     memory: &Mapping,
     layout: &Layout,
     pages: &[u32],
     write_every: u64,
     since: Instant,
-) -> RunReport {
+) -> Result<RunReport, VmError> {
     let rounds: Vec<Round> = std::thread::scope(|scope| {
-        let threads: Vec<_> = split(0..pages.len() as u64, to_usize(layout.vcpus))
+        let threads = split(0..pages.len() as u64, to_usize(layout.vcpus))
             .into_iter()
             .map(|part| &pages[to_usize(part.start)..to_usize(part.end)])
             .zip(0..)
             .map(|(part, vcpu)| {
                 let round = move || round(memory, layout, part, write_every);
-                vcpu_thread(vcpu).spawn_scoped(scope, round).expect("a thread for each vCPU")
-            })
-            .collect();
-        threads.into_iter().map(|t| t.join().expect("no panic in a round")).collect()
-    });
+                vcpu_thread(vcpu).spawn_scoped(scope, round).map_err(VmError::Thread)
+            });
+        let threads = threads.collect::<Result<Vec<_>, _>>()?;
+        Ok::<_, VmError>(
+            threads.into_iter().map(|t| t.join().expect("no panic in a round")).collect(),
+        )
+    })?;
     let started = rounds.iter().map(|r| r.started).min().unwrap_or(since);
     let done = rounds.iter().map(|r| r.done).max().unwrap_or(since);
-    RunReport {
+    Ok(RunReport {
         first_instruction: started.saturating_duration_since(since),
         workload: done.saturating_duration_since(started),
         pages: pages.len() as u64,
         mismatches: rounds.iter().map(|r| r.mismatches).sum(),
         first_mismatch: rounds.iter().find_map(|r| r.first_mismatch),
         stalls: Stalls::new(rounds.into_iter().flat_map(|r| r.stalls).collect()),
-    }
+    })
 }
 
 fn round(memory: &Mapping, layout: &Layout, pages: &[u32], write_every: u64) -> Round {

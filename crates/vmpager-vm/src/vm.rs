@@ -277,7 +277,7 @@ impl Vm {
         let pages = workload.pages(self.layout.contents())?;
         let Some(machine) = &mut self.machine else {
             let memory = &self.memory.mapping;
-            return Ok(threads::work(memory, &self.layout, &pages, workload.write_every, since));
+            return threads::work(memory, &self.layout, &pages, workload.write_every, since);
         };
         self.device.ask_work(&pages, workload.write_every)?;
         let entries = machine.run()?;
