@@ -33,6 +33,6 @@ fn check(file: &[u8]) {
 fn sealed(body: &[u8]) -> Vec<u8> {
     // The checksum is that of the value, without the white space around it.
     let body = body.trim_ascii();
-    let head = format!("{{\"version\":2,\"crc32c\":\"{:#010x}\",\"body\":", crc32c::crc32c(body));
+    let head = format!("{{\"version\":3,\"crc32c\":\"{:#010x}\",\"body\":", crc32c::crc32c(body));
     [head.as_bytes(), body, b"}"].concat()
 }

@@ -199,9 +199,9 @@ fn read(stream: Option<impl Read + Send + 'static>, to: &Sender<Line>, kind: fn(
     });
 }
 
-/// Streams a run's lines until it ends, is silent for too long, or the
-/// deadline has come.
-pub(super) fn watch(boot: &mut Boot, cases: &[Case], deadline: Instant) -> Tally {
+/// Streams a run's lines, each behind the boot's name, until it ends, is silent for
+/// too long, or the deadline has come.
+pub(super) fn watch(boot: &mut Boot, name: &str, cases: &[Case], deadline: Instant) -> Tally {
     let mut run = Run::new(cases);
     let mut patience = Instant::now() + BOOTING;
     loop {
@@ -209,12 +209,12 @@ pub(super) fn watch(boot: &mut Boot, cases: &[Case], deadline: Instant) -> Tally
         match boot.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(Line::Console(line)) if line.is_empty() => {}
             Ok(Line::Console(line)) => {
-                println!("  | {line}");
+                println!("{name:<8}  | {line}");
                 run.console(&line);
             }
             Ok(Line::Protocol(line)) => {
                 if let Some(text) = run.protocol(&line) {
-                    println!("{text}");
+                    println!("{name:<8}{text}");
                 }
                 patience = Instant::now() + run.patience();
             }

@@ -18,7 +18,10 @@ mod tally;
 mod tool;
 
 use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -32,6 +35,9 @@ use tally::Tally;
 /// that by itself now and then (`docs/lab.md`). A test that finds something wrong
 /// has failed the first time.
 const ATTEMPTS: usize = 3;
+
+/// Each takes 2 GiB of memory.
+const MOST_JOBS: usize = 3;
 
 /// The boot of tests that are only run when asked for.
 const LONG: &str = "long";
@@ -61,13 +67,23 @@ pub(crate) struct LabArgs {
     #[arg(long)]
     direct: bool,
     /// Give up after so many seconds, building not included.
-    #[arg(long, value_name = "SECONDS", default_value_t = 420)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     limit: u64,
+    /// Emulated machines at a time, of two CPUs each [default: one for each CPU, three
+    /// at most].
+    #[arg(long, value_name = "N")]
+    jobs: Option<NonZero<usize>>,
 }
 
 impl LabArgs {
     fn wants(&self, case: &Case) -> bool {
         case.name.contains(&self.filter) && (self.long || case.boot != LONG)
+    }
+
+    /// A machine is seldom busy on both its CPUs: guests run on one of them.
+    fn jobs(&self) -> usize {
+        let cpus = || thread::available_parallelism().map_or(1, NonZero::get);
+        self.jobs.map_or_else(|| cpus().min(MOST_JOBS), NonZero::get)
     }
 }
 
@@ -127,27 +143,61 @@ fn run_emulated(
     let scratch = scratch(target)?;
     let initramfs = scratch.path().join("initramfs");
     initramfs::host(&initramfs, programs, &host, guest)?;
-    let mut tally = Tally::default();
-    for (name, cases) in by_boot(cases) {
-        println!("\nboot {name}: {} tests", cases.len());
-        let emulated = |cases: &[Case]| {
-            let socket = scratch.path().join("protocol");
-            let mut boot = Boot::emulated(&host, &initramfs, &socket, cases)?;
-            anyhow::Ok(boot::watch(&mut boot, cases, deadline))
+    let machine = Machine { host: &host, initramfs: &initramfs, deadline };
+    let boots = Mutex::new(by_boot(cases));
+    let tally = Mutex::new(Tally::default());
+    thread::scope(|scope| {
+        let one_after_the_other = || {
+            while let Some((name, cases)) = lock(&boots).pop() {
+                let socket = scratch.path().join(name);
+                let run = machine.run(name, &cases, &socket)?;
+                lock(&tally).add(run);
+            }
+            anyhow::Ok(())
         };
-        let mut run = emulated(&cases)?;
+        let jobs: Vec<_> = (0..args.jobs()).map(|_| scope.spawn(one_after_the_other)).collect();
+        let ended = jobs.into_iter().map(|job| match job.join() {
+            Ok(ended) => ended,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        // Waits for all, whatever the first came to.
+        ended.collect::<Vec<_>>().into_iter().collect::<anyhow::Result<()>>()
+    })?;
+    let mut tally = tally.into_inner().unwrap_or_else(PoisonError::into_inner);
+    tally.refuse_skips();
+    Ok(tally)
+}
+
+fn lock<T>(what: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What emulated machines are made of.
+struct Machine<'a> {
+    host: &'a Kernel,
+    initramfs: &'a Path,
+    deadline: Instant,
+}
+
+impl Machine<'_> {
+    /// One boot, and more for what was lost in it.
+    fn run(&self, name: &str, cases: &[Case], socket: &Path) -> anyhow::Result<Tally> {
+        println!("{name:<8}  boot: {} tests", cases.len());
+        let emulated = |cases: &[Case]| {
+            let mut boot = Boot::emulated(self.host, self.initramfs, socket, cases)?;
+            anyhow::Ok(boot::watch(&mut boot, name, cases, self.deadline))
+        };
+        let mut run = emulated(cases)?;
         for _ in 1..ATTEMPTS {
-            let again = run.again(&cases);
+            let again = run.again(cases);
             if again.is_empty() {
                 break;
             }
-            println!("\nboot {name} once more, for what was lost: {} tests", again.len());
+            println!("{name:<8}  boot once more, for what was lost: {} tests", again.len());
             run.replaced(emulated(&again)?);
         }
-        tally.add(run);
+        Ok(run)
     }
-    tally.refuse_skips();
-    Ok(tally)
 }
 
 /// The same tests on this machine.
@@ -168,7 +218,7 @@ fn run_directly(
     let initrd = scratch.path().join("guest-initramfs");
     initramfs::guest(&initrd, programs)?;
     let mut boot = Boot::direct(programs, &guest, &initrd, scratch.path(), cases)?;
-    Ok(boot::watch(&mut boot, cases, deadline))
+    Ok(boot::watch(&mut boot, "direct", cases, deadline))
 }
 
 fn scratch(target: &Path) -> anyhow::Result<tempfile::TempDir> {
@@ -177,10 +227,13 @@ fn scratch(target: &Path) -> anyhow::Result<tempfile::TempDir> {
     dir.with_context(|| format!("a directory for {}", target.display()))
 }
 
-fn by_boot(cases: &[Case]) -> BTreeMap<&str, Vec<Case>> {
+/// What boots there are, and their tests; the one that may take longest last.
+fn by_boot(cases: &[Case]) -> Vec<(&str, Vec<Case>)> {
     let mut boots: BTreeMap<&str, Vec<Case>> = BTreeMap::new();
     for case in cases {
         boots.entry(&case.boot).or_default().push(case.clone());
     }
+    let mut boots: Vec<_> = boots.into_iter().collect();
+    boots.sort_by_key(|(_, cases)| cases.iter().map(|case| case.limit).sum::<Duration>());
     boots
 }

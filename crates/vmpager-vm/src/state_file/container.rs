@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 /// The version this program writes, and the only one it reads.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 
-/// No state file is longer: 64 vCPUs of 256 KiB, and 16 bytes for the checksum of
+/// No state file is longer: 64 vCPUs of 256 KiB, and 8 bytes for the checksum of
 /// each 2 MiB of the largest memory that is saved.
 pub const MAX_STATE_BYTES: usize = 24 << 20;
 

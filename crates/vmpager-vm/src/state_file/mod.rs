@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! {
-//!   "version": 2,
+//!   "version": 3,
 //!   "crc32c": "0x1b7a3c5d",
 //!   "body": {
 //!     "memory_bytes": …, "memslots": […], "guest": {…}, "kvm": {…}, "private": {…},
-//!     "memory_crc32c": […]
+//!     "memory_crc32c": "1b7a3c5d…"
 //!   }
 //! }
 //! ```
@@ -16,8 +16,9 @@
 //! and checksum are right; then everything in it must be known, be of its type
 //! and fit the rest. `private` is there if memory could be private to the guest, and
 //! has the ranges that were. `memory_crc32c` has the checksum of each 2 MiB of the memory
-//! file.
+//! file, in eight hexadecimal digits each.
 
+mod checksums;
 mod container;
 #[cfg(test)]
 mod tests;
@@ -52,6 +53,7 @@ pub struct VmState {
     pub(crate) private: Option<PrivateState>,
     /// The checksums of the memory file's pieces; a snapshot has them once its
     /// memory is written.
+    #[serde(with = "checksums")]
     pub(crate) memory_crc32c: Vec<u32>,
 }
 

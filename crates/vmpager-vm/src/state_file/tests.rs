@@ -118,8 +118,18 @@ fn bytes_that_are_no_state_file_are_refused() {
     for bytes in [b"".as_slice(), b"{}", b"\xff", b"{\"version\": \"2\"}", &deep] {
         assert!(matches!(VmState::parse(bytes), Err(StateError::Form(_))), "{bytes:?}");
     }
-    let later = br#"{"version": 3, "body": {"nobody": "knows"}}"#;
-    assert_eq!(VmState::parse(later), Err(StateError::Version(3)));
+    let later = br#"{"version": 4, "body": {"nobody": "knows"}}"#;
+    assert_eq!(VmState::parse(later), Err(StateError::Version(4)));
+}
+
+#[test]
+fn checksums_that_are_none_are_refused() {
+    let mut body = serde_json::to_value(one(builtin())).unwrap();
+    for text in ["1826585", "182658", "1826585g"] {
+        body["memory_crc32c"] = text.into();
+        let error = VmState::parse(&container::seal(&body)).unwrap_err().to_string();
+        assert!(error.starts_with("memory_crc32c: "), "{error}");
+    }
 }
 
 #[test]
