@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 
@@ -20,6 +20,8 @@ pub(super) struct Saved {
     pub(super) memory: PathBuf,
     /// The guest's last line before it was taken.
     beat: Beat,
+    /// For how long the guest may have run after that line.
+    ran_on: Duration,
     size: Size,
 }
 
@@ -33,21 +35,29 @@ impl Saved {
         if !line.exists() {
             let mut guest = Guest::boot(lab, size)?;
             guest.work(2000)?;
-            let beat = save(lab, guest, &dir)?;
+            let (beat, ran_on) = save(lab, guest, &dir)?;
             // The last file: with it the snapshot is complete.
-            fs::write(&line, beat.to_string())
+            fs::write(&line, format!("{} {beat}", ran_on.as_millis()))
                 .with_context(|| format!("writing {}", line.display()))?;
         }
         let text = fs::read_to_string(&line).with_context(|| line.display().to_string())?;
-        let beat = Beat::parse(&text).with_context(|| format!("{} has no beat", line.display()))?;
-        Ok(Self { state: dir.join("state"), memory: dir.join("memory"), beat, size: *size })
+        let read = text.split_once(' ').and_then(|(millis, beat)| {
+            Some((Duration::from_millis(millis.parse().ok()?), Beat::parse(beat)?))
+        });
+        let (ran_on, beat) = read.with_context(|| format!("{} has no beat", line.display()))?;
+        Ok(Self::in_dir(&dir, beat, ran_on, size))
     }
 
     /// Takes a snapshot in this directory, and ends the guest.
     pub(super) fn of(lab: &Lab, guest: Guest, size: &Size) -> anyhow::Result<Self> {
         let dir = PathBuf::from("saved");
-        let beat = save(lab, guest, &dir)?;
-        Ok(Self { state: dir.join("state"), memory: dir.join("memory"), beat, size: *size })
+        let (beat, ran_on) = save(lab, guest, &dir)?;
+        Ok(Self::in_dir(&dir, beat, ran_on, size))
+    }
+
+    fn in_dir(dir: &Path, beat: Beat, ran_on: Duration, size: &Size) -> Self {
+        let (state, memory) = (dir.join("state"), dir.join("memory"));
+        Self { state, memory, beat, ran_on, size: *size }
     }
 
     /// Takes the next snapshot, of a guest restored from this one.
@@ -78,7 +88,7 @@ impl Saved {
         let beat = guest.beat()?;
         let before = &self.beat;
         ensure!(
-            beat.goes_on_from(before, since.elapsed()),
+            beat.goes_on_from(before, self.ran_on + since.elapsed()),
             "it did not go on where it was: {before:?} before, {beat:?} after"
         );
         Ok(())
@@ -119,13 +129,15 @@ impl Saved {
     }
 }
 
-/// Takes a snapshot and ends the guest; its last line before.
-fn save(lab: &Lab, mut guest: Guest, dir: &Path) -> anyhow::Result<Beat> {
+/// Takes a snapshot and ends the guest; its last line before, and for how long it may
+/// have run after that. (On a busy machine the pause comes late.)
+fn save(lab: &Lab, mut guest: Guest, dir: &Path) -> anyhow::Result<(Beat, Duration)> {
     fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    let begin = Instant::now();
     guest.snapshot(lab, &dir.join("state"), &dir.join("memory"), true)?;
     let status = guest.wait()?;
     ensure!(status.success(), "a VM that was saved and stopped ended with {status}");
-    guest.last_beat()
+    Ok((guest.last_beat()?, begin.elapsed()))
 }
 
 /// The pages of a memory file.
