@@ -17,17 +17,31 @@ use super::DaemonError;
 ///
 /// [`DaemonError::Socket`], with what to do.
 pub fn listen(path: &Path) -> Result<UnixListener, DaemonError> {
+    listen_with(path, || Ok(())).map(|(listener, ())| listener)
+}
+
+/// As [`listen`]; does `first` before the socket appears, and once it is known that
+/// nobody else listens there.
+pub(crate) fn listen_with<T>(
+    path: &Path,
+    first: impl FnOnce() -> io::Result<T>,
+) -> Result<(UnixListener, T), DaemonError> {
     let problem = |problem: String| DaemonError::Socket { path: path.into(), problem };
     make_way(path).map_err(problem)?;
     let beside = beside(path);
     let _ = std::fs::remove_file(&beside);
     let listener = UnixListener::bind(&beside).map_err(|error| problem(advice(path, &error)))?;
-    let published = listener.set_nonblocking(true).and_then(|()| std::fs::rename(&beside, path));
-    if let Err(error) = published {
-        let _ = std::fs::remove_file(&beside);
-        return Err(problem(error.to_string()));
+    let published = listener.set_nonblocking(true).and_then(|()| {
+        let done = first()?;
+        std::fs::rename(&beside, path).map(|()| done)
+    });
+    match published {
+        Ok(done) => Ok((listener, done)),
+        Err(error) => {
+            let _ = std::fs::remove_file(&beside);
+            Err(problem(error.to_string()))
+        }
     }
-    Ok(listener)
 }
 
 /// Removes a socket of this process.
@@ -76,7 +90,8 @@ fn advice(path: &Path, error: &io::Error) -> String {
     }
 }
 
-fn beside(path: &Path) -> PathBuf {
+/// A name of this process's own in the same directory.
+pub(crate) fn beside(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}", std::process::id()));
     path.with_file_name(name)

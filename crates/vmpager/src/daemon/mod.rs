@@ -30,7 +30,7 @@ use self::connection::{Arrival, Connection};
 use self::front::Front;
 pub use self::kept::KeeperLink;
 pub use self::listener::listen;
-pub(crate) use self::listener::unlisten;
+pub(crate) use self::listener::{beside, listen_with, unlisten};
 use crate::kill;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served};

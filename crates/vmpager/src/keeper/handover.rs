@@ -34,6 +34,7 @@ use vmpager_sys::peer::Peer;
 
 use super::message::{Kind, Message, receive, send};
 use super::table::{Entry, Table};
+use crate::daemon::beside;
 
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -57,14 +58,24 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Takes the place of whoever was asked there before.
+    /// Takes the place of whoever was asked there before, in one step: whoever asks
+    /// meanwhile finds the one or the other.
     pub(super) fn open(socket: &Path) -> io::Result<Self> {
         let path = control_path(socket);
+        // Short, for a socket's path has at most 107 bytes.
+        let mut beside = beside(socket).into_os_string();
+        beside.push("k");
         let listener = unix_socket()?;
-        let _ = std::fs::remove_file(&path);
-        bind(&listener, &SocketAddrUnix::new(&path)?)?;
-        chmod(&path, Mode::RUSR | Mode::WUSR)?;
-        listen(&listener, 4)?;
+        let _ = std::fs::remove_file(&beside);
+        bind(&listener, &SocketAddrUnix::new(beside.as_os_str())?)?;
+        let opened = chmod(&beside, Mode::RUSR | Mode::WUSR)
+            .and_then(|()| listen(&listener, 4))
+            .map_err(io::Error::from)
+            .and_then(|()| std::fs::rename(&beside, &path));
+        if let Err(error) = opened {
+            let _ = std::fs::remove_file(&beside);
+            return Err(error);
+        }
         Ok(Self { listener, path })
     }
 

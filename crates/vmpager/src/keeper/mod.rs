@@ -42,7 +42,7 @@ use tracing::{error, info, warn};
 use self::handover::{Control, Predecessor, give};
 pub(crate) use self::message::{Kind, Message, receive, send};
 use self::table::{Entry, Table};
-use crate::daemon::{DaemonError, listen};
+use crate::daemon::{DaemonError, listen_with};
 
 /// The layouts that a worker reads and writes: of page maps, and of records.
 pub(crate) fn layout() -> u64 {
@@ -387,8 +387,10 @@ impl Keeper {
                         worker.tell.push_back(Tell::Stop);
                     }
                     if self.listener.is_none() {
-                        self.listener = Some(listen(&self.config.socket)?);
-                        self.control = Some(Control::open(&self.config.socket)?);
+                        // Whoever sees the socket may ask to take over at once.
+                        let socket = &self.config.socket;
+                        let (listener, control) = listen_with(socket, || Control::open(socket))?;
+                        (self.listener, self.control) = (Some(listener), Some(control));
                     }
                 }
                 Ok(Some(message)) => {
