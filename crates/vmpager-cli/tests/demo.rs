@@ -111,6 +111,27 @@ fn bench_fault_has_the_keys_it_promises() {
     }
 }
 
+/// VMs of two processes, whose worker is killed meanwhile: they check what they find.
+#[test]
+fn bench_sessions_has_the_keys_it_promises() {
+    let args = ["bench", "sessions", "--sessions", "1,70", "--memory", "64M", "--busy-ms", "20"];
+    let more = ["--idle-ms", "20", "--rounds", "1", "--kill", "--json"];
+    let Some(report) = json(&[&args[..], &more].concat()) else { return };
+    let rows = report["rows"].as_array().unwrap();
+    for (row, sessions) in rows.iter().zip([1, 70]) {
+        assert_eq!(row["sessions"], sessions);
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"));
+        assert!(number("kfaults_s") > 0.0 && number("rate_ratio") > 0.0);
+        assert!(number("p50_us") <= number("p99_us"));
+        assert!(number("fairness") > 0.0 && number("fairness") <= 1.0, "{row}");
+        assert!(number("rss_mib") > 0.0 && number("takeover_ms") > 0.0, "{row}");
+        assert!(row["idle_cpu_pct"].is_number(), "{row}");
+    }
+    assert_eq!(rows.len(), 2);
+    assert_eq!(rows[0]["rate_ratio"], 1.0);
+    assert!(rows[0]["session_kib"].is_null() && rows[1]["session_kib"].is_number());
+}
+
 #[test]
 fn bench_exit_has_the_keys_it_promises() {
     let kvm = match vmpager_kvm::probe::kvm() {

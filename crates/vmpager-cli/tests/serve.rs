@@ -60,9 +60,14 @@ fn terminate(child: Child) -> Output {
 fn wrong_usage_exits_with_2_and_help_teaches() {
     assert_eq!(vmpager(&["serve"]).status.code(), Some(2));
     assert_eq!(vmpager(&["nonsense"]).status.code(), Some(2));
-    for command in
-        [&["serve"][..], &["demo"], &["doctor"], &["bench", "fault"], &["bench", "restore"]]
-    {
+    for command in [
+        &["serve"][..],
+        &["demo"],
+        &["doctor"],
+        &["bench", "fault"],
+        &["bench", "restore"],
+        &["bench", "sessions"],
+    ] {
         let output = vmpager(&[command, &["--help"]].concat());
         let help = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && help.contains("Example"), "{command:?}: {help}");

@@ -8,6 +8,7 @@ mod exit;
 mod fault;
 mod image;
 mod restore;
+mod sessions;
 
 use clap::Subcommand;
 
@@ -34,6 +35,9 @@ pub(crate) enum BenchCommand {
     /// A whole VM restored: eagerly, by mmap, on demand, against a handler
     /// that answers each fault with one page.
     Restore(restore::RestoreArgs),
+    /// One daemon and more and more VMs: faults per second, how fair, what each
+    /// costs.
+    Sessions(sessions::SessionsArgs),
 }
 
 pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
@@ -45,6 +49,7 @@ pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Attach(args) => attach::run(args),
         BenchCommand::Convert(args) => convert::run(args),
         BenchCommand::Restore(args) => restore::run(args),
+        BenchCommand::Sessions(args) => sessions::run(args),
     }
 }
 

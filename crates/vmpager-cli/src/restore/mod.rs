@@ -3,7 +3,7 @@
 
 mod cache;
 pub(crate) mod naive;
-mod process;
+pub(crate) mod process;
 
 use std::path::{Path, PathBuf};
 

@@ -1,15 +1,15 @@
 //! Processes of this same program, never left behind.
 
-use std::io::Read;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
 /// A running process; killed if it is dropped before its end.
 #[derive(Debug)]
-pub(super) struct Running {
+pub(crate) struct Running {
     child: Option<Child>,
 }
 
@@ -18,21 +18,40 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Starts this program with other arguments. What it prints is kept, its
 /// warnings and errors are shown.
-pub(super) fn vmpager(args: &[PathBuf]) -> anyhow::Result<Running> {
-    let program = std::env::current_exe().context("finding this program")?;
-    let child = Command::new(program)
-        .args(args)
-        .env("VMPAGER_LOG", "warn")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("starting this program again")?;
+pub(crate) fn vmpager(args: &[PathBuf]) -> anyhow::Result<Running> {
+    let child = program(args)?.stdin(Stdio::null()).spawn().context(STARTING)?;
     Ok(Running { child: Some(child) })
 }
 
+/// The same, with what is written there as its standard input, and what it prints to
+/// be read there.
+pub(crate) fn vmpager_to_talk_to(
+    args: &[PathBuf],
+) -> anyhow::Result<(Running, ChildStdin, BufReader<ChildStdout>)> {
+    let mut child = program(args)?.stdin(Stdio::piped()).spawn().context(STARTING)?;
+    let ends = child.stdin.take().zip(child.stdout.take());
+    let running = Running { child: Some(child) };
+    let (to, from) = ends.context("pipes to a process")?;
+    Ok((running, to, BufReader::new(from)))
+}
+
+const STARTING: &str = "starting this program again";
+
+fn program(args: &[PathBuf]) -> anyhow::Result<Command> {
+    let program = std::env::current_exe().context("finding this program")?;
+    let mut command = Command::new(program);
+    command.args(args).env("VMPAGER_LOG", "warn").stdout(Stdio::piped());
+    Ok(command)
+}
+
 impl Running {
+    /// Its process id.
+    pub(crate) fn id(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     /// Waits until a socket exists, or the process ends.
-    pub(super) fn wait_for(&mut self, socket: &Path) -> anyhow::Result<()> {
+    pub(crate) fn wait_for(&mut self, socket: &Path) -> anyhow::Result<()> {
         let until = Instant::now() + PATIENCE;
         while !socket.exists() {
             if let Some(child) = &mut self.child
@@ -49,7 +68,7 @@ impl Running {
     }
 
     /// Waits for its end, and returns what it printed.
-    pub(super) fn output(mut self) -> anyhow::Result<String> {
+    pub(crate) fn output(mut self) -> anyhow::Result<String> {
         let mut child = self.child.take().context("a process is waited for once")?;
         let mut text = String::new();
         let read = child.stdout.take().map(|mut out| out.read_to_string(&mut text)).transpose();

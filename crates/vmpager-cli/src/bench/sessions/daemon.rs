@@ -1,0 +1,126 @@
+//! The daemon that is measured: a real one, in processes of its own.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::restore::process::{Running, vmpager};
+
+/// `vmpager serve`, killed when dropped.
+#[derive(Debug)]
+pub(super) struct Daemon {
+    running: Running,
+    keeper: u32,
+}
+
+/// What it costs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cost {
+    /// Resident memory of keeper and worker.
+    pub(super) rss: u64,
+    /// The part of it that is neither a file's, of which the daemon maps a few MiB for
+    /// all VMs together, nor a page map's.
+    pub(super) own: u64,
+    /// CPU time of all its threads so far.
+    pub(super) cpu_ns: u64,
+}
+
+impl Daemon {
+    /// Starts one that brings one page for each fault.
+    pub(super) fn start(socket: &Path, memory: &Path) -> anyhow::Result<Self> {
+        let args = ["serve", "--prefetch", "off", "--socket"].map(PathBuf::from);
+        let args: Vec<PathBuf> =
+            args.into_iter().chain([socket.into(), "--memory".into(), memory.into()]).collect();
+        let mut running = vmpager(&args)?;
+        running.wait_for(socket)?;
+        let keeper = running.id().context("the daemon has ended")?;
+        Ok(Self { running, keeper })
+    }
+
+    /// Has it end, once its VMs have.
+    pub(super) fn stop(self) -> anyhow::Result<()> {
+        let keeper = Pid::from_raw(i32::try_from(self.keeper)?).context("a process id")?;
+        kill_process(keeper, Signal::TERM).context("stopping the daemon")?;
+        self.running.output().map(drop).context("the daemon")
+    }
+
+    /// The process that serves: the keeper's only child.
+    fn worker(&self) -> anyhow::Result<u32> {
+        let path = format!("/proc/{0}/task/{0}/children", self.keeper);
+        let children = read(&path)?;
+        match children.split_whitespace().map(str::parse).collect::<Result<Vec<u32>, _>>()?[..] {
+            [worker] => Ok(worker),
+            ref others => bail!("the keeper has {} children, not one worker", others.len()),
+        }
+    }
+
+    pub(super) fn kill_worker(&self) -> anyhow::Result<()> {
+        let worker = Pid::from_raw(i32::try_from(self.worker()?)?).context("a process id")?;
+        kill_process(worker, Signal::KILL).context("killing the worker")
+    }
+
+    pub(super) fn cost(&self) -> anyhow::Result<Cost> {
+        let worker = self.worker()?;
+        let mut cost = Cost { rss: 0, own: 0, cpu_ns: 0 };
+        for pid in [self.keeper, worker] {
+            let [all, of_files] = resident(pid)?;
+            cost.rss += all;
+            cost.own += all.saturating_sub(of_files + page_maps(pid)?);
+            cost.cpu_ns += cpu_ns(pid)?;
+        }
+        Ok(cost)
+    }
+}
+
+fn read(path: &str) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("reading {path}"))
+}
+
+/// Resident bytes, and those of files among them.
+fn resident(pid: u32) -> anyhow::Result<[u64; 2]> {
+    let status = read(&format!("/proc/{pid}/status"))?;
+    let field = |name: &str| {
+        let field = status.lines().find_map(|line| line.strip_prefix(name)).and_then(kib);
+        field.with_context(|| format!("{name} of process {pid}"))
+    };
+    Ok([field("VmRSS:")?, field("RssFile:")?])
+}
+
+fn kib(text: &str) -> Option<u64> {
+    text.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Resident bytes of page maps.
+fn page_maps(pid: u32) -> anyhow::Result<u64> {
+    let smaps = read(&format!("/proc/{pid}/smaps"))?;
+    let mut within = false;
+    let mut bytes = 0;
+    for line in smaps.lines() {
+        match line.strip_prefix("Rss:") {
+            Some(rss) if within => bytes += kib(rss).unwrap_or(0),
+            Some(_) => {}
+            // Fields of a mapping begin with a name and a colon; mappings with
+            // addresses.
+            None if line.split(' ').next().is_some_and(|first| !first.ends_with(':')) => {
+                within = line.contains("/memfd:vmpager-page-map");
+            }
+            None => {}
+        }
+    }
+    Ok(bytes)
+}
+
+/// By the scheduler's own count, in nanoseconds: `/proc/PID/stat` has ticks.
+fn cpu_ns(pid: u32) -> anyhow::Result<u64> {
+    let tasks = format!("/proc/{pid}/task");
+    let mut all = 0;
+    for task in std::fs::read_dir(&tasks).with_context(|| format!("reading {tasks}"))? {
+        let path = task?.path().join("schedstat");
+        let path = path.display().to_string();
+        let text = read(&path)?;
+        let first = text.split(' ').next().and_then(|first| first.parse::<u64>().ok());
+        all += first.with_context(|| format!("the first number of {path}"))?;
+    }
+    Ok(all)
+}
