@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 use vmpager::core::PageSource;
 use vmpager::daemon::DaemonEvent;
+use vmpager::metrics::Endpoint;
 use vmpager::{
     Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperEnd, KeeperLink, NeighbourPolicy,
     ServeOptions, SessionSummary,
@@ -42,6 +43,9 @@ use crate::{output, size};
     vmpager vm restore --state /snap/vmstate --memory /snap/mem \\\n    \
     --pager /run/vm/pager.sock --attach /run/vm/doors &\n  \
     my-back-end --memory /run/vm/doors/$!.sock\n\n\
+    Watched by Prometheus, or any other scraper, and by `vmpager top`:\n  \
+    vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --metrics 127.0.0.1:9464 &\n  \
+    curl http://127.0.0.1:9464/metrics\n\n\
     Any number of VMs may connect. The memory file must not change meanwhile.\n\
     SIGTERM and SIGINT stop it: what is in flight is finished first, and each VM\n\
     that still misses memory is named.\n\n\
@@ -102,6 +106,11 @@ pub(crate) struct ServeArgs {
     /// Keep this file up to date with the sessions' numbers, as JSON.
     #[arg(long, value_name = "FILE")]
     pub(crate) metrics_json: Option<PathBuf>,
+    /// Show numbers here: OpenMetrics at /metrics, all sessions at /sessions.json
+    /// (docs/metrics.md). ADDRESS:PORT or unix:PATH. Whoever gets there may read
+    /// them.
+    #[arg(long, value_name = "ENDPOINT")]
+    pub(crate) metrics: Option<Endpoint>,
     /// Stop when the first session has ended.
     #[arg(long)]
     pub(crate) once: bool,
@@ -198,6 +207,7 @@ fn keep(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let open = |path: &Path| rustix::fs::open(path, flags, Mode::empty()).ok();
     config.sources = args.source_paths().map_while(open).collect();
     config.replace = args.replace;
+    config.metrics.clone_from(&args.metrics);
     let keeper = Keeper::new(config)?;
     stop_by_signals(|| keeper.stopper())?;
     Ok(match keeper.run()? {

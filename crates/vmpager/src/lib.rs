@@ -12,6 +12,7 @@
 //! | [`daemon`] | the pager beside VMMs: a socket, sessions, workers |
 //! | [`keeper`] | the process that holds what a daemon must not lose |
 //! | [`handshake`] | Firecracker's handler protocol |
+//! | [`metrics`] | what a daemon shows of itself |
 //! | [`stats`] | what a session did, as numbers |
 //! | `worker` | the thread that serves: faults, finished reads, fill |
 //! | `served` | the memory behind one userfaultfd: plans carried out |
@@ -28,6 +29,7 @@ pub mod keeper;
 mod kill;
 #[cfg(feature = "kill-points")]
 pub mod kill;
+pub mod metrics;
 pub mod pager;
 mod placement;
 mod polling;

@@ -1,9 +1,12 @@
 //! The reads a worker has in flight, and those that wait to be tried again.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmpager_core::{ByteRange, PageReader, PageRun, Priority, ReadId, ReadRequest, SourceError};
+
+use crate::metrics::SourceStats;
 
 /// Names a memory within its worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,17 +62,19 @@ const PREFETCH_DEPTH: usize = 24;
 #[derive(Debug)]
 pub(crate) struct Reads {
     pub(crate) reader: Box<dyn PageReader>,
-    in_flight: HashMap<ReadId, Read>,
+    in_flight: HashMap<ReadId, (Instant, Read)>,
     paused: Vec<(Instant, Read)>,
     next: u64,
     fills: usize,
     prefetches: usize,
+    stats: Arc<SourceStats>,
 }
 
 impl Reads {
-    pub(crate) fn new(reader: Box<dyn PageReader>) -> Self {
+    /// Counts what becomes of its reads in `stats`.
+    pub(crate) fn new(reader: Box<dyn PageReader>, stats: Arc<SourceStats>) -> Self {
         let (in_flight, paused) = (HashMap::new(), Vec::new());
-        Self { reader, in_flight, paused, next: 0, fills: 0, prefetches: 0 }
+        Self { reader, in_flight, paused, next: 0, fills: 0, prefetches: 0, stats }
     }
 
     /// Starts a read in the background.
@@ -81,7 +86,7 @@ impl Reads {
             Priority::Prefetch => self.prefetches += 1,
             Priority::Demand => {}
         }
-        self.in_flight.insert(id, read);
+        self.in_flight.insert(id, (Instant::now(), read));
         self.reader.submit(ReadRequest { id, range: read.range, priority: read.priority });
     }
 
@@ -103,13 +108,15 @@ impl Reads {
     /// Whether a read of this page is in flight, or will be again.
     pub(crate) fn covers(&self, memory: MemoryId, page: u64) -> bool {
         let paused = self.paused.iter().map(|(_, read)| read);
-        self.in_flight.values().chain(paused).any(|read| read.is_for(memory, page))
+        let in_flight = self.in_flight.values().map(|(_, read)| read);
+        in_flight.chain(paused).any(|read| read.is_for(memory, page))
     }
 
     /// Somebody waits for a page that is in flight: move its read forward.
     pub(crate) fn promote(&mut self, memory: MemoryId, waiter: Waiter) {
         let is_for = |read: &Read| read.is_for(memory, waiter.page);
-        if let Some((id, read)) = self.in_flight.iter_mut().find(|(_, read)| is_for(read)) {
+        if let Some((id, (_, read))) = self.in_flight.iter_mut().find(|(_, (_, read))| is_for(read))
+        {
             read.waiter.get_or_insert(waiter);
             self.reader.promote(*id, Priority::Demand);
         } else if let Some((_, read)) = self.paused.iter_mut().find(|(_, read)| is_for(read)) {
@@ -149,9 +156,10 @@ impl Reads {
         &mut self,
         mut done: impl FnMut(Read, Result<vmpager_core::PageData<'_>, SourceError>),
     ) {
-        let Self { reader, in_flight, fills, prefetches, .. } = self;
+        let Self { reader, in_flight, fills, prefetches, stats, .. } = self;
         reader.complete(&mut |id, result| {
-            let Some(read) = in_flight.remove(&id) else { return };
+            let Some((since, read)) = in_flight.remove(&id) else { return };
+            stats.ended(read.priority, since.elapsed(), result.is_err());
             match read.priority {
                 Priority::Fill => *fills -= 1,
                 Priority::Prefetch => *prefetches -= 1,

@@ -57,6 +57,8 @@ pub(crate) struct Counters {
     pub(crate) bytes_read: u64,
     pub(crate) fill_took: Option<Duration>,
     pub(crate) profile_took: Option<Duration>,
+    /// All stalls together, in ns.
+    pub(crate) stall_nanos: u64,
     /// From the moment a fault was read to its page's install, in ns.
     stalls: Histogram<u64>,
 }
@@ -89,6 +91,7 @@ impl Counters {
             bytes_read: 0,
             fill_took: None,
             profile_took: None,
+            stall_nanos: 0,
             stalls: stalls.expect("the bounds are in order"),
         }
     }
@@ -106,6 +109,22 @@ impl Counters {
     pub(crate) fn stalled(&mut self, since: Instant, faults: u64) {
         let nanos = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.stalls.saturating_record_n(nanos, faults);
+        self.stall_nanos += nanos.saturating_mul(faults);
+    }
+
+    pub(crate) fn stalls(&self) -> &Histogram<u64> {
+        &self.stalls
+    }
+
+    /// Pages installed: demanded, their neighbours, of a profile, by the fill, zeroes.
+    fn pages_installed(&self) -> [u64; 5] {
+        [
+            self.pages_demand,
+            self.pages_neighbour,
+            self.pages_profile,
+            self.pages_fill,
+            self.pages_zero,
+        ]
     }
 }
 
@@ -192,6 +211,10 @@ pub struct SessionSummary {
     pub stall_p99_us: f64,
     /// Its maximum.
     pub stall_max_us: f64,
+    /// How many stalls lie between each two of the bounds 0,
+    /// [`STALL_BOUNDS_NS`](crate::metrics::STALL_BOUNDS_NS), infinity.
+    #[serde(default)]
+    pub stall_buckets: Vec<u64>,
     /// How long the background fill took, in milliseconds.
     pub fill_ms: Option<f64>,
     /// How long it took until all pages of the profile had been asked for, in
@@ -202,14 +225,16 @@ pub struct SessionSummary {
     pub duration_ms: f64,
 }
 
-/// Adds up a session's memories.
-#[derive(Debug)]
+/// Adds up memories, of a session or of all.
+#[derive(Clone, Debug)]
 pub(crate) struct Tally {
     totals: Counters,
     profile: ReplayCounts,
     regions: u64,
     memory_bytes: u64,
     pages_missing: u64,
+    missing_bytes: u64,
+    installed_bytes: [u64; 5],
 }
 
 impl Tally {
@@ -220,6 +245,8 @@ impl Tally {
             regions: 0,
             memory_bytes: 0,
             pages_missing: 0,
+            missing_bytes: 0,
+            installed_bytes: [0; 5],
         }
     }
 
@@ -249,12 +276,40 @@ impl Tally {
         to.bytes_read += from.bytes_read;
         to.fill_took = to.fill_took.max(from.fill_took);
         to.profile_took = to.profile_took.max(from.profile_took);
+        to.stall_nanos += from.stall_nanos;
         to.stalls.add(&from.stalls).expect("all histograms have the same bounds");
         self.profile.missed += end.profile.missed;
         self.profile.late += end.profile.late;
         self.regions += end.regions;
         self.memory_bytes += end.memory_bytes;
         self.pages_missing += end.pages_missing;
+        self.missing_bytes += end.pages_missing * end.page_bytes;
+        for (bytes, pages) in self.installed_bytes.iter_mut().zip(from.pages_installed()) {
+            *bytes += pages * end.page_bytes;
+        }
+    }
+
+    pub(crate) fn totals(&self) -> &Counters {
+        &self.totals
+    }
+
+    pub(crate) fn replay(&self) -> ReplayCounts {
+        self.profile
+    }
+
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// Bytes in place, or given back.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        self.memory_bytes.saturating_sub(self.missing_bytes)
+    }
+
+    /// Bytes installed: demanded, their neighbours, of a profile, by the fill,
+    /// zeroes.
+    pub(crate) fn installed_bytes(&self) -> [u64; 5] {
+        self.installed_bytes
     }
 
     /// The numbers so far.
@@ -297,6 +352,7 @@ impl Tally {
             stall_p50_us: micros(totals.stalls.value_at_quantile(0.5)),
             stall_p99_us: micros(totals.stalls.value_at_quantile(0.99)),
             stall_max_us: micros(totals.stalls.max()),
+            stall_buckets: crate::metrics::counts(&totals.stalls).to_vec(),
             fill_ms: totals.fill_took.map(|took| took.as_secs_f64() * 1e3),
             profile_ms: totals.profile_took.map(|took| took.as_secs_f64() * 1e3),
             duration_ms: totals.started.elapsed().as_secs_f64() * 1e3,
@@ -318,4 +374,6 @@ pub(crate) struct MemoryNumbers {
     pub(crate) regions: u64,
     pub(crate) memory_bytes: u64,
     pub(crate) pages_missing: u64,
+    /// The size of a page; the mean one, if there are several.
+    pub(crate) page_bytes: u64,
 }

@@ -20,6 +20,7 @@ use tracing::error;
 use vmpager_core::{PageRun, PageSource, SourceError};
 
 pub(crate) use self::sharing::Sharing;
+use crate::metrics::SourceStats;
 use crate::placement::Placement;
 use crate::polling::Polling;
 use crate::reads::{MemoryId, Reads};
@@ -94,6 +95,8 @@ impl Teller {
 #[derive(Debug)]
 pub(crate) struct WorkerHandle {
     teller: Teller,
+    /// What its reads of the source come to.
+    pub(crate) stats: Arc<SourceStats>,
     pub(crate) thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -185,6 +188,7 @@ pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
         watch(&epoll, fd, READER)?;
     }
     let (commands, inbox) = crossbeam_channel::unbounded();
+    let stats = Arc::new(SourceStats::default());
     let worker = Worker {
         epoll,
         bell: bell.clone(),
@@ -193,7 +197,7 @@ pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
         owner: config.owner,
         memories: HashMap::new(),
         hot: Vec::new(),
-        reads: Reads::new(reader),
+        reads: Reads::new(reader, stats.clone()),
         polling: Polling::new(config.max_polling),
         stopping: None,
         filling: Vec::new(),
@@ -205,7 +209,8 @@ pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
         let _guard = AbortOnPanic;
         worker.run();
     })?;
-    Ok(WorkerHandle { teller: Teller { commands, doorbell: bell }, thread: Some(thread) })
+    let teller = Teller { commands, doorbell: bell };
+    Ok(WorkerHandle { teller, stats, thread: Some(thread) })
 }
 
 /// Unwinding a worker would close its userfaultfds, and memory still missing

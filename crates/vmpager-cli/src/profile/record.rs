@@ -56,6 +56,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         partial: args.partial,
         handshake_timeout: 10,
         metrics_json: None,
+        metrics: None,
         collapse: false,
         attach: None,
         once: true,

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::keeper::{Kind, Message, layout, receive, send};
 use crate::kill;
+use crate::metrics;
 use crate::reads::MemoryId;
 use crate::served::{Served, State};
 use crate::worker::Command;
@@ -97,7 +98,7 @@ impl Daemon {
         watcher: &mut dyn FnMut(DaemonEvent<'_>),
     ) -> io::Result<bool> {
         let [peer, number, who] = message.args;
-        let id = peer + FIRST_CONNECTION - 1;
+        let id = peer.saturating_add(FIRST_CONNECTION - 1);
         match message.kind {
             Kind::Peer => {
                 let mut fds = message.fds.into_iter();
@@ -118,6 +119,11 @@ impl Daemon {
                     watch_peer(&self.epoll, *id, connection)?;
                 }
                 info!(sessions = self.memories.len(), "ready");
+            }
+            Kind::Metrics => {
+                self.board.kept(peer, number);
+                let listener = message.fds.into_iter().next().ok_or(io::ErrorKind::InvalidData)?;
+                self.metrics = Some(metrics::Server::start(listener, self.board.clone())?);
             }
             Kind::Stop => return Ok(true),
             kind => return Err(io::Error::other(format!("{kind:?} is not for a worker"))),
@@ -162,6 +168,8 @@ impl Daemon {
         self.memories.insert(memory, (id, worker));
         let memory_bytes = served.numbers().memory_bytes;
         let takeovers = served.takeovers();
+        let by = (worker, self.workers[worker].teller());
+        self.board.serving(memory, (session, peer_pid), true, by);
         info!(session, peer_pid, memory_bytes, takeovers, "taken over");
         watcher(DaemonEvent::SessionStarted { session, peer_pid, memory_bytes });
         if !self.workers[worker].tell(Command::Serve(Box::new(served))) {

@@ -11,6 +11,7 @@ mod doors;
 mod front;
 mod kept;
 mod listener;
+mod log;
 
 use std::collections::HashMap;
 use std::io;
@@ -32,9 +33,10 @@ pub use self::kept::KeeperLink;
 pub use self::listener::listen;
 pub(crate) use self::listener::{beside, listen_with, unlisten};
 use crate::kill;
+use crate::metrics::{self, Board};
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served};
-use crate::stats::{EndReason, SessionSummary};
+use crate::stats::SessionSummary;
 use crate::worker::{
     Command, Event, WorkerConfig, WorkerError, WorkerHandle, doorbell, spawn, unring, watch,
 };
@@ -136,6 +138,9 @@ pub struct Daemon {
     probe_at: Option<Instant>,
     /// When to accept again, after that failed for want of descriptors.
     accept_at: Option<Instant>,
+    /// What is shown of the sessions, and by whom, if it is.
+    board: Arc<Board>,
+    metrics: Option<metrics::Server>,
     stop: (UnixStream, UnixStream),
     ended_sessions: u64,
     shutting_down: bool,
@@ -178,6 +183,11 @@ impl Daemon {
         }
         watch(&epoll, bell.as_fd(), WORKERS)?;
         watch(&epoll, stop.0.as_fd(), STOP)?;
+        let board = Arc::new(Board::new(metrics::Keeping {
+            source: config.source.name().to_string(),
+            fills: config.options.background_fill,
+            stats: workers.iter().map(|worker| worker.stats.clone()).collect(),
+        }));
         Ok(Self {
             config,
             front,
@@ -190,6 +200,8 @@ impl Daemon {
             next_connection: FIRST_CONNECTION,
             probe_at: None,
             accept_at: None,
+            board,
+            metrics: None,
             stop,
             ended_sessions: 0,
             shutting_down: false,
@@ -370,6 +382,8 @@ impl Daemon {
         connection.add_new_memory(memory);
         let session = session_of(id);
         let peer_pid = connection.pid();
+        let by = (worker, self.workers[worker].teller());
+        self.board.serving(memory, (session, peer_pid), false, by);
         info!(session, peer_pid, memory_bytes, "serving");
         watcher(DaemonEvent::SessionStarted { session, peer_pid, memory_bytes });
         if !self.workers[worker].tell(Command::Serve(Box::new(served))) {
@@ -407,12 +421,14 @@ impl Daemon {
                         self.front.let_go(session_of(id), memory);
                     }
                     connection.hold(held);
+                    self.board.ended(memory, &numbers);
                     let Some(reason) = connection.memory_ended(memory, reason, &numbers) else {
                         continue;
                     };
                     let summary = connection.summary(session_of(id), reason);
                     self.ended_sessions += 1;
-                    log_summary(&summary);
+                    summary.reason.iter().for_each(|reason| self.board.session_ended(reason));
+                    log::session_ended(&summary);
                     watcher(DaemonEvent::SessionEnded(&summary));
                     stop |= self.config.once;
                     self.forget_if_done(id);
@@ -469,6 +485,7 @@ impl Daemon {
     fn refuse(&mut self, id: u64, problem: &str) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         error!(peer_pid = connection.pid(), "refused: {problem}");
+        self.board.refused();
         connection.refuse();
         self.forget_if_done(id);
     }
@@ -548,40 +565,5 @@ impl Workers {
         });
         let workers = workers.collect::<Result<Vec<_>, _>>()?;
         Ok(Self { bell, events, workers })
-    }
-}
-
-fn log_summary(summary: &SessionSummary) {
-    let SessionSummary { session, peer_pid, pages_missing, .. } = *summary;
-    let reason = summary.reason.as_ref().map(EndReason::to_string).unwrap_or_default();
-    info!(
-        session,
-        peer_pid,
-        faults = summary.faults,
-        faults_vcpu = summary.faults_vcpu,
-        faults_vmm = summary.faults_vmm,
-        faults_kernel = summary.faults_kernel,
-        faults_attached = summary.faults_attached,
-        faults_queued = summary.faults_queued,
-        pages_demand = summary.pages_demand,
-        pages_neighbour = summary.pages_neighbour,
-        pages_fill = summary.pages_fill,
-        pages_profile = summary.pages_profile,
-        profile_missed = summary.profile_missed,
-        pages_removed = summary.pages_removed,
-        bytes_read = summary.bytes_read,
-        stall_p50_us = summary.stall_p50_us,
-        stall_p99_us = summary.stall_p99_us,
-        stall_max_us = summary.stall_max_us,
-        fill_ms = summary.fill_ms,
-        "session ended: {reason}"
-    );
-    if pages_missing > 0 && summary.reason == Some(EndReason::Stopped) {
-        warn!(
-            session,
-            peer_pid,
-            pages_missing,
-            "this VM will stall at the next page it misses, until it is killed or served again"
-        );
     }
 }

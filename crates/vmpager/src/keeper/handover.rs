@@ -10,7 +10,7 @@
 //!     |                                          |  serves or reads something else
 //!     | <------------------------------- Take -- |
 //!     |  kills its worker                        |
-//!     | Listener, Peer, Memory, ..., Known ----> |
+//!     | Listener, Metrics, Peer, ..., Known ---> |
 //!     | <------------------------------ Taken -- |  tells its worker
 //!     |  ends                                    |
 //! ```
@@ -111,8 +111,16 @@ impl Control {
 /// # Errors
 ///
 /// If it does not confirm to have it.
-pub(super) fn give(table: &Table, listener: impl AsFd, to: &OwnedFd) -> io::Result<()> {
+pub(super) fn give(
+    table: &Table,
+    listener: impl AsFd,
+    metrics: Option<&OwnedFd>,
+    to: &OwnedFd,
+) -> io::Result<()> {
     send(to, Kind::Listener, [0; 3], &[listener.as_fd()])?;
+    if let Some(metrics) = metrics {
+        send(to, Kind::Metrics, [0; 3], &[metrics.as_fd()])?;
+    }
     for entry in table.entries().collect::<Vec<Entry>>() {
         table.tell(entry, to)?;
     }
@@ -143,20 +151,22 @@ impl Predecessor {
         }
     }
 
-    /// Receives all it has. Returns what VMMs connect to. Until this is confirmed,
-    /// it may want it back.
-    pub(super) fn take(&self, table: &mut Table) -> io::Result<OwnedFd> {
+    /// Receives all it has. Returns what VMMs connect to, and where it shows numbers,
+    /// if it does. Until this is confirmed, it may want it back.
+    pub(super) fn take(&self, table: &mut Table) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
         send(&self.socket, Kind::Take, [0; 3], &[])?;
-        let mut listener = None;
+        let (mut listener, mut metrics) = (None, None);
         loop {
             let message = await_message(&self.socket)?;
             match message.kind {
                 Kind::Listener => listener = message.fds.into_iter().next(),
+                Kind::Metrics => metrics = message.fds.into_iter().next(),
                 Kind::Known => break,
                 _ => table.apply(message)?,
             }
         }
-        listener.ok_or_else(|| io::Error::other("no socket came"))
+        let listener = listener.ok_or_else(|| io::Error::other("no socket came"))?;
+        Ok((listener, metrics))
     }
 
     /// Says that all has come.

@@ -6,6 +6,7 @@
 //!   keeper                                   worker
 //!     | Sources {fds} ------------------------> |  opens what it serves
 //!     | <----------------- Ready {layout, print} |
+//!     | Metrics {takeovers, unserved} {fd} ----> |  if numbers are shown
 //!     | Peer {peer, memories so far} {fds} ----> |  \  all that is known, then
 //!     | Memory {peer, memory} {fds} -----------> |   } whoever comes
 //!     | Known ---------------------------------> |  /
@@ -36,6 +37,9 @@ pub(crate) enum Kind {
     Known = 4,
     /// End.
     Stop = 5,
+    /// The socket where numbers are shown: `[workers replaced so far, nanoseconds
+    /// without one that served]`.
+    Metrics = 6,
     /// The worker can take over: `[layout, fingerprint of what it serves]`.
     Ready = 16,
     /// Keep this memory: as `Memory`.
@@ -54,12 +58,13 @@ pub(crate) enum Kind {
     Taken = 35,
 }
 
-const KINDS: [Kind; 13] = [
+const KINDS: [Kind; 14] = [
     Kind::Sources,
     Kind::Peer,
     Kind::Memory,
     Kind::Known,
     Kind::Stop,
+    Kind::Metrics,
     Kind::Ready,
     Kind::Keep,
     Kind::Drop,

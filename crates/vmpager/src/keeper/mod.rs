@@ -26,6 +26,7 @@
 
 mod handover;
 mod message;
+mod shown;
 mod table;
 
 use std::collections::VecDeque;
@@ -41,8 +42,10 @@ use tracing::{error, info, warn};
 
 use self::handover::{Control, Predecessor, give};
 pub(crate) use self::message::{Kind, Message, receive, send};
+use self::shown::Shown;
 use self::table::{Entry, Table};
 use crate::daemon::{DaemonError, listen_with};
+use crate::metrics::{Endpoint, EndpointError};
 
 /// The layouts that a worker reads and writes: of page maps, and of records.
 pub(crate) fn layout() -> u64 {
@@ -70,6 +73,8 @@ pub struct KeeperConfig {
     pub settled: Duration,
     /// Take over from the keeper that has the socket.
     pub replace: bool,
+    /// Where numbers are shown.
+    pub metrics: Option<Endpoint>,
 }
 
 impl KeeperConfig {
@@ -84,6 +89,7 @@ impl KeeperConfig {
             max_pause: Duration::from_secs(5),
             settled: Duration::from_secs(1),
             replace: false,
+            metrics: None,
         }
     }
 }
@@ -102,6 +108,9 @@ pub enum KeeperError {
         /// What is wrong, and what to do.
         problem: String,
     },
+    /// Numbers cannot be shown where they should be.
+    #[error(transparent)]
+    Metrics(#[from] EndpointError),
     /// A system call that should not fail did.
     #[error("the keeper: {0}")]
     Io(#[from] io::Error),
@@ -130,6 +139,7 @@ struct Worker {
 
 #[derive(Clone, Copy, Debug)]
 enum Tell {
+    Metrics,
     Entry(Entry),
     Known,
     Stop,
@@ -152,6 +162,7 @@ pub struct Keeper {
     control: Option<Control>,
     /// The layout and the fingerprint of what the worker serves.
     served: Option<[u64; 2]>,
+    shown: Shown,
 }
 
 /// After a failure that may pass (no descriptor left).
@@ -168,6 +179,7 @@ impl Keeper {
         stop.0.set_nonblocking(true)?;
         Ok(Self {
             pause: Duration::ZERO,
+            shown: Shown::new(config.metrics.clone()),
             config,
             listener: None,
             table: Table::default(),
@@ -198,6 +210,7 @@ impl Keeper {
     ///
     /// If the socket cannot be had, or the keeper's own system calls fail.
     pub fn run(mut self) -> Result<KeeperEnd, KeeperError> {
+        self.shown.open(self.config.replace)?;
         if self.config.replace {
             self.replace()?;
         }
@@ -262,7 +275,8 @@ impl Keeper {
                 judge(predecessor.served, [layout, fingerprint]).map_err(problem).and_then(|()| {
                     let listener = predecessor.take(&mut self.table);
                     // Whoever comes next shall find this keeper.
-                    let taken = listener.and_then(|listener| {
+                    let taken = listener.and_then(|(listener, metrics)| {
+                        self.shown.take(metrics);
                         let control = Control::open(&socket)?;
                         predecessor.confirm().map(|()| (listener, control))
                     });
@@ -280,7 +294,7 @@ impl Keeper {
             }
         };
         worker.ready = true;
-        worker.tell = self.table.entries().map(Tell::Entry).chain([Tell::Known]).collect();
+        worker.tell = told_first(&self.table);
         self.served = Some(predecessor.served);
         self.listener = Some(UnixListener::from(listener));
         self.control = Some(control);
@@ -307,7 +321,7 @@ impl Keeper {
         self.hear_worker()?;
         self.worker = None;
         let Some(listener) = &self.listener else { return Ok(false) };
-        match give(&self.table, listener, &asking) {
+        match give(&self.table, listener, self.shown.socket(), &asking) {
             Ok(()) => {
                 info!("another daemon has taken over");
                 Ok(true)
@@ -380,9 +394,9 @@ impl Keeper {
             match receive(&worker.channel) {
                 Ok(Some(Message { kind: Kind::Ready, args: [layout, fingerprint, _], .. })) => {
                     worker.ready = true;
+                    self.shown.served();
                     self.served = Some([layout, fingerprint]);
-                    let entries = self.table.entries().map(Tell::Entry);
-                    worker.tell = entries.chain([Tell::Known]).collect();
+                    worker.tell = told_first(&self.table);
                     if self.stopping {
                         worker.tell.push_back(Tell::Stop);
                     }
@@ -416,6 +430,7 @@ impl Keeper {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.ready) else { return };
         while let Some(tell) = worker.tell.front() {
             let told = match tell {
+                Tell::Metrics => self.shown.tell(&worker.channel),
                 Tell::Entry(entry) => self.table.tell(*entry, &worker.channel),
                 Tell::Known => send(&worker.channel, Kind::Known, [0; 3], &[]),
                 Tell::Stop => send(&worker.channel, Kind::Stop, [0; 3], &[]),
@@ -448,6 +463,7 @@ impl Keeper {
         if status.success() || hopeless {
             return Ok(Some(status));
         }
+        self.shown.unserved();
         self.pause = match worker.ready && worker.since.elapsed() >= self.config.settled {
             true => Duration::ZERO,
             false => (self.pause * 2).clamp(self.config.first_pause, self.config.max_pause),
@@ -469,8 +485,15 @@ impl Keeper {
             crate::daemon::unlisten(&self.config.socket);
         }
         self.control.iter().for_each(Control::close);
+        self.shown.close();
         info!("the keeper has ended");
     }
+}
+
+/// What a worker is told once it is ready.
+fn told_first(table: &Table) -> VecDeque<Tell> {
+    let entries = table.entries().map(Tell::Entry);
+    std::iter::once(Tell::Metrics).chain(entries).chain([Tell::Known]).collect()
 }
 
 /// Whether a worker can go on with what another one serves, both by their layouts

@@ -259,12 +259,14 @@ impl Served {
         if let Some(shared) = &self.shared {
             counters.brought_by_installers(shared.brought());
         }
+        let slots = self.engine.slots();
         MemoryNumbers {
             counters,
             profile: self.engine.replay_counts(),
-            regions: self.engine.slots().iter().count() as u64,
-            memory_bytes: self.engine.slots().bytes(),
+            regions: slots.iter().count() as u64,
+            memory_bytes: slots.bytes(),
             pages_missing: self.engine.outstanding(),
+            page_bytes: slots.bytes() / slots.pages().max(1),
         }
     }
 
