@@ -202,7 +202,10 @@ fn tell_results(story: &Story, report: &DemoReport) -> anyhow::Result<()> {
     story.tell(
         "\nTimes run from the start of the VM's process. Faults are page faults of that process\n\
          for eager and mmap, faults answered by the pager for the others. Stalls are measured\n\
-         in the guest.",
+         in the guest. Each way was run once, with everything touched at once and the file in\n\
+         the page cache: the best case for mmap, which copies nothing, and at the mercy of\n\
+         whatever else this machine does. `vmpager bench restore` compares them in repeated,\n\
+         interleaved rounds, also with a cold cache and packed images.",
     )?;
     story.tell(&format!(
         "\n{} pages verified by guest and host, {} mismatches",

@@ -65,6 +65,44 @@ pub(super) fn large_memory_is_accepted_as_fast(_: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A VM that is restored on demand starts as fast, however large it is.
+pub(super) fn a_large_vm_starts_as_fast(lab: &Lab) -> anyhow::Result<()> {
+    let report = json(guest_command(lab, &lab.vmpager).args([
+        "bench",
+        "restore",
+        "--memory",
+        "256M,1G,4G,16G",
+        "--filled",
+        "16M",
+        "--touches",
+        "256",
+        "--modes",
+        "on-demand",
+        "--cache",
+        "warm",
+        "--rounds",
+        "3",
+        "--cpu",
+        "kvm",
+        "--dir",
+        ".",
+        "--json",
+    ]))?;
+    let rows = report["rows"].as_array().context("no rows")?;
+    ensure!(rows.len() == 4, "{} rows: {report:#}", rows.len());
+    let first = |row: &Value| {
+        println!(
+            "{} bytes: first instruction after {} ms",
+            row["memory_bytes"], row["first_instruction_ms"]
+        );
+        row["first_instruction_ms"].as_f64().context("a time")
+    };
+    let times = rows.iter().map(first).collect::<anyhow::Result<Vec<_>>>()?;
+    // Sixty-four times the memory. The rest is the emulator's unsteadiness.
+    ensure!(times[3] < times[0].min(times[1]) * 2.0 + 50.0, "{times:?}");
+    Ok(())
+}
+
 /// Runs a command that prints JSON.
 fn json(command: &mut Command) -> anyhow::Result<Value> {
     let output = command.output().with_context(|| format!("running {command:?}"))?;

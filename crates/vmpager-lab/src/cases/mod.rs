@@ -41,6 +41,7 @@ pub(crate) const ALL: &[Case] = &[
     case("host", "doctor_finds_what_restores_need", 20, host::doctor_finds_what_restores_need),
     case("host", "demo_restores_every_page_on_kvm", 120, host::demo_restores_every_page_on_kvm),
     case("matrix", "large_memory_is_accepted_as_fast", 30, host::large_memory_is_accepted_as_fast),
+    case("long", "a_large_vm_starts_as_fast", 900, host::a_large_vm_starts_as_fast),
     case("linux", "linux_boots_works_and_powers_off", 60, linux::linux_boots_works_and_powers_off),
     case("linux", "linux_boots_on_two_vcpus", 60, linux::linux_boots_on_two_vcpus),
     case("linux", "a_panic_of_the_guest_is_told", 60, linux::a_panic_of_the_guest_is_told),
