@@ -23,10 +23,11 @@ fn a_view_shows_the_source_and_what_others_write() {
     begin!();
     let home = home(64);
     let (attached, memory) = view(&home);
-    assert_eq!(attached.page(5 * PAGE as u64), Some(Page::Missing));
+    assert_eq!(attached.pages().page(5 * PAGE as u64), Some(Page::Missing));
     assert_eq!(page(&memory, 5 * PAGE), Holds::Source(5 * PAGE));
-    assert_eq!(attached.page(5 * PAGE as u64), Some(Page::Present));
-    assert_eq!(attached.page(64 * PAGE as u64), None);
+    // A touch may return a moment before that is known.
+    eventually("it is known", || attached.pages().page(5 * PAGE as u64) == Some(Page::Present));
+    assert_eq!(attached.pages().page(64 * PAGE as u64), None);
     memory.write_u64(5 * PAGE, 42);
     assert_eq!(home.memory.read_u64(5 * PAGE), 42, "there for the pager's own process");
     home.memory.write_u64(9 * PAGE, 43);
@@ -80,8 +81,8 @@ fn visit(memory: &Mapping, attached: Option<&Attached>, how: How, seed: u64) {
             }
             (How::Queue, Some(attached)) => {
                 let gpa = (at * PAGE) as u64;
-                assert_eq!(attached.wait(gpa, None).unwrap(), Page::Present);
-                assert_eq!(attached.page(gpa), Some(Page::Present));
+                assert_eq!(attached.pages().wait(gpa, None).unwrap(), Page::Present);
+                assert_eq!(attached.pages().page(gpa), Some(Page::Present));
             }
             _ => {}
         }
@@ -284,13 +285,13 @@ fn brings_and_answers() {
     let home = home(64);
     let (attached, memory) = view(&home);
     let gpa = |at: usize| (at * PAGE) as u64;
-    attached.request(gpa(3)).unwrap();
+    attached.pages().request(gpa(3)).unwrap();
     eventually("it is brought without being touched", || {
-        attached.page(gpa(3)) == Some(Page::Present)
+        attached.pages().page(gpa(3)) == Some(Page::Present)
     });
-    assert_eq!(attached.wait(gpa(4), None).unwrap(), Page::Present);
+    assert_eq!(attached.pages().wait(gpa(4), None).unwrap(), Page::Present);
     assert_eq!(page(&memory, 4 * PAGE), Holds::Source(4 * PAGE));
-    assert!(matches!(attached.wait(gpa(64), None), Err(WaitError::Gfn(64))));
+    assert!(matches!(attached.pages().wait(gpa(64), None), Err(WaitError::Gfn(64))));
     assert_eq!(home.pager.stats().faults_attached, 0, "no touch waited");
     assert_idle("a door, a view and an empty queue");
 }
@@ -302,7 +303,7 @@ fn a_page_that_cannot_be_had_is_an_answer() {
     let bad = vmpager::core::ByteRange::new(9 * PAGE as u64, PAGE as u64);
     home.source.fail(bad, vmpager_store::faulty::Times::Always);
     let (attached, memory) = view(&home);
-    assert_eq!(attached.wait(9 * PAGE as u64, None).unwrap(), Page::Poisoned);
+    assert_eq!(attached.pages().wait(9 * PAGE as u64, None).unwrap(), Page::Poisoned);
     assert!(page_by_kernel(&memory, 9 * PAGE).is_err(), "SIGBUS, not zeroes, in the view");
     assert!(page_by_kernel(&home.memory, 9 * PAGE).is_err(), "and at home");
     let (_late, late) = view(&home);
@@ -322,12 +323,12 @@ fn wait_ends() {
     home.source.never_at_hand();
     let (attached, _) = view(&home);
     let limit = Some(Duration::from_millis(50));
-    assert!(matches!(attached.wait(0, limit), Err(WaitError::TimedOut)));
+    assert!(matches!(attached.pages().wait(0, limit), Err(WaitError::TimedOut)));
     std::thread::scope(|scope| {
         let waits = (1..5).map(|at| {
             scope.spawn({
                 let attached = &attached;
-                move || attached.wait(at * PAGE as u64, None)
+                move || attached.pages().wait(at * PAGE as u64, None)
             })
         });
         let waits: Vec<_> = waits.collect();
@@ -339,10 +340,10 @@ fn wait_ends() {
             assert!(matches!(wait.join().unwrap(), Err(WaitError::Disabled)));
         }
     });
-    assert!(matches!(attached.request(0), Err(WaitError::Disabled)));
+    assert!(matches!(attached.pages().request(0), Err(WaitError::Disabled)));
     home.door.queue().enable();
     home.source.release();
-    assert_eq!(attached.wait(7 * PAGE as u64, None).unwrap(), Page::Present);
+    assert_eq!(attached.pages().wait(7 * PAGE as u64, None).unwrap(), Page::Present);
 }
 
 #[test]

@@ -93,7 +93,7 @@ fn shared_memory_is_filled_and_stays_shared() {
     assert!(home.pager.wait_filled(Duration::ZERO), "it stays so");
     let (late, again) = view(&home);
     for at in 0..256 {
-        assert_eq!(late.page((at * PAGE) as u64), Some(Page::Present));
+        assert_eq!(late.pages().page((at * PAGE) as u64), Some(Page::Present));
         assert_eq!(page(&again, at * PAGE), Holds::Source(at * PAGE));
     }
     assert_eq!(home.pager.stats().faults, 0);
@@ -101,7 +101,7 @@ fn shared_memory_is_filled_and_stays_shared() {
     // It is served still: what is given back is zero, writers can be stopped.
     memory.remove(0..PAGE).unwrap();
     assert_eq!(page(&again, 0), Holds::Zero);
-    assert_eq!(attached.wait(0, None).unwrap(), Page::Present);
+    assert_eq!(attached.pages().wait(0, None).unwrap(), Page::Present);
     home.pager.freeze().unwrap();
     home.pager.thaw().unwrap();
     memory.write_u64(PAGE, 5);
@@ -316,7 +316,7 @@ fn all_at_once(cold: bool) {
         visitors.push(scope.spawn(|| visit(&seen, 2, together, |_| {}, "a touch")));
         visitors.push(scope.spawn(|| {
             let wait = |at: usize| {
-                assert_eq!(attached.wait((at * PAGE) as u64, None).unwrap(), Page::Present);
+                assert_eq!(attached.pages().wait((at * PAGE) as u64, None).unwrap(), Page::Present);
             };
             visit(&seen, 3, together, wait, "the queue");
         }));
@@ -325,7 +325,7 @@ fn all_at_once(cold: bool) {
                 home.pager.freeze().unwrap();
                 // The last words of pages that were there when it began.
                 let there: Vec<usize> = (0..PAGES)
-                    .filter(|at| attached.page((at * PAGE) as u64) == Some(Page::Present))
+                    .filter(|at| attached.pages().page((at * PAGE) as u64) == Some(Page::Present))
                     .collect();
                 let marks = || -> Vec<u64> {
                     let words = there.iter().flat_map(|at| (1..=WRITERS).map(move |n| (at, n)));

@@ -174,7 +174,7 @@ fn present_check(attached: &Attached) -> f64 {
     const LOOKS: u64 = 20_000_000;
     let start = Instant::now();
     for i in 0..LOOKS {
-        black_box(attached.page(black_box(i * 421 % PAGES as u64 * PAGE as u64)));
+        black_box(attached.pages().page(black_box(i * 421 % PAGES as u64 * PAGE as u64)));
     }
     round(start.elapsed().as_secs_f64() * 1e9 / to_f64(LOOKS))
 }

@@ -45,7 +45,7 @@ impl LoadWords for MapWords {
 /// The pages of another process's memory: what is known of them, and the queue
 /// to ask for them by.
 #[derive(Debug)]
-pub(super) struct RemotePages {
+pub struct RemotePages {
     map: PresentBits<MapWords>,
     faults: FaultClient,
 }
@@ -63,8 +63,10 @@ impl RemotePages {
         Ok(Self { map, faults: queue.map_err(memory("mapping the fault queue"))? })
     }
 
+    /// Whether the page at a guest-physical address is in place; None where
+    /// there is no memory. Asks nobody.
     #[inline]
-    pub(super) fn page(&self, gpa: u64) -> Option<Page> {
+    pub fn page(&self, gpa: u64) -> Option<Page> {
         let page = self.map.page_at(gpa)?;
         Some(self.look(page))
     }
@@ -79,11 +81,22 @@ impl RemotePages {
         }
     }
 
-    pub(super) fn request(&self, gpa: u64) -> Result<(), WaitError> {
+    /// Has a page brought without touching it, and without waiting.
+    ///
+    /// # Errors
+    ///
+    /// If the queue is full or disabled.
+    pub fn request(&self, gpa: u64) -> Result<(), WaitError> {
         self.faults.request(gpa >> 12)
     }
 
-    pub(super) fn wait(&self, gpa: u64, limit: Option<Duration>) -> Result<Page, WaitError> {
+    /// Waits for a page without touching it: until it is in place or known to
+    /// be lost, `limit` has passed or a signal handler has run.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not in place, nor lost.
+    pub fn wait(&self, gpa: u64, limit: Option<Duration>) -> Result<Page, WaitError> {
         let page = self.map.page_at(gpa).ok_or(WaitError::Gfn(gpa >> 12))?;
         let settled = || self.look(page) != Page::Missing;
         self.faults.wait(gpa >> 12, limit, settled)?;
@@ -125,30 +138,9 @@ impl Asker {
         }
     }
 
-    /// Whether the page at a guest-physical address is in place; None where
-    /// there is no memory. Asks nobody.
-    #[inline]
-    pub fn page(&self, gpa: u64) -> Option<Page> {
-        self.pages.page(gpa)
-    }
-
-    /// Has a page brought, without waiting.
-    ///
-    /// # Errors
-    ///
-    /// If the queue is full or disabled.
-    pub fn request(&self, gpa: u64) -> Result<(), WaitError> {
-        self.pages.request(gpa)
-    }
-
-    /// Waits for a page: until it is in place or known to be lost, `limit` has
-    /// passed or a signal handler has run.
-    ///
-    /// # Errors
-    ///
-    /// Why it is not in place, nor lost.
-    pub fn wait(&self, gpa: u64, limit: Option<Duration>) -> Result<Page, WaitError> {
-        self.pages.wait(gpa, limit)
+    /// What is known of its pages, and how to ask for them.
+    pub fn pages(&self) -> &RemotePages {
+        &self.pages
     }
 
     /// Readable once the pager has ended: no page will come any more.
@@ -194,7 +186,7 @@ impl RemoteInstaller {
         let Some(gpa) = self.gpa(hva) else { return true };
         let limit = until.saturating_duration_since(Instant::now());
         !matches!(
-            self.asker.wait(gpa, Some(limit)),
+            self.asker.pages.wait(gpa, Some(limit)),
             Err(WaitError::TimedOut | WaitError::Interrupted)
         )
     }
@@ -209,7 +201,7 @@ impl RemoteInstaller {
 
 impl PageInstaller for RemoteInstaller {
     fn is_present(&self, hva: Hva) -> bool {
-        self.gpa(hva).and_then(|gpa| self.asker.page(gpa)) == Some(Page::Present)
+        self.gpa(hva).and_then(|gpa| self.asker.pages.page(gpa)) == Some(Page::Present)
     }
 
     /// Shared memory stays registered for good.
@@ -219,12 +211,12 @@ impl PageInstaller for RemoteInstaller {
 
     fn resolve(&mut self, hva: Hva) -> Resolution {
         let Some(gpa) = self.gpa(hva) else { return Resolution::Outside };
-        match self.asker.page(gpa) {
+        match self.asker.pages.page(gpa) {
             None => Resolution::Outside,
             Some(Page::Present) => Resolution::Present,
             Some(Page::Poisoned) => Resolution::Poisoned,
             Some(Page::Missing) if !self.asker.has_pager() => Resolution::Ended,
-            Some(Page::Missing) => match self.asker.request(gpa) {
+            Some(Page::Missing) => match self.asker.pages.request(gpa) {
                 // Where there is no room, the wait asks again.
                 Ok(()) | Err(WaitError::Full) => Resolution::Waiting,
                 Err(_) => Resolution::Ended,

@@ -5,16 +5,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use vmpager_core::MapError;
 use vmpager_sys::memory::{GuestRange, Mapping};
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 
-use super::asker::{Page, RemotePages};
+use super::asker::RemotePages;
 use super::offer::{Offer, answer, unexpected};
 use super::protocol::{Frame, ReceiveError, Region};
-use super::queue::{FaultReader, WaitError};
+use super::queue::FaultReader;
 
 /// Why a process could not take part.
 #[derive(Debug, thiserror::Error)]
@@ -151,30 +150,9 @@ impl Attached {
         &self.regions
     }
 
-    /// Whether the page at a guest-physical address is in place; None where
-    /// there is no memory. Asks nobody.
-    #[inline]
-    pub fn page(&self, gpa: u64) -> Option<Page> {
-        self.pages.page(gpa)
-    }
-
-    /// Has a page brought without touching it, and without waiting.
-    ///
-    /// # Errors
-    ///
-    /// If the queue is full or disabled.
-    pub fn request(&self, gpa: u64) -> Result<(), WaitError> {
-        self.pages.request(gpa)
-    }
-
-    /// Waits for a page without touching it: until it is in place or known to
-    /// be lost, `limit` has passed or a signal handler has run.
-    ///
-    /// # Errors
-    ///
-    /// Why it is not in place, nor lost.
-    pub fn wait(&self, gpa: u64, limit: Option<Duration>) -> Result<Page, WaitError> {
-        self.pages.wait(gpa, limit)
+    /// What is known of its pages, and how to ask for them without touching them.
+    pub fn pages(&self) -> &RemotePages {
+        &self.pages
     }
 
     /// Readable once the pager has ended: no page will come any more.

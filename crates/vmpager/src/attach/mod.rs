@@ -17,7 +17,7 @@ mod offer;
 mod protocol;
 mod queue;
 
-pub use self::asker::{Asker, GuestRegion, Page, RemoteInstaller};
+pub use self::asker::{Asker, GuestRegion, Page, RemoteInstaller, RemotePages};
 pub use self::client::{AttachError, Attached, AttachedRegion};
 pub use self::door::{Door, ShareError, SharedRegion};
 pub(crate) use self::door::{Entrance, Stock, Wares};
