@@ -1,6 +1,8 @@
 //! Slots: contiguous ranges of guest memory with one mapping, one page size
 //! and one source range each, and the set of them that a userfaultfd serves.
 
+use std::ops::Range;
+
 use crate::addr::{ByteRange, Hva, PageRun, PageSize};
 
 /// A contiguous range of guest memory as one process maps it.
@@ -20,10 +22,6 @@ impl Slot {
     /// Its number of pages.
     pub fn pages(&self) -> u64 {
         self.len >> self.page_size.shift()
-    }
-
-    fn hva_end(&self) -> u64 {
-        self.hva.0 + self.len
     }
 }
 
@@ -178,15 +176,7 @@ impl SlotSet {
     /// slot it touches. (A kernel event never covers part of a page.)
     pub fn runs_within(&self, start: Hva, end: Hva) -> impl Iterator<Item = PageRun> + '_ {
         self.by_hva.iter().filter_map(move |(slot, first)| {
-            let from = start.0.max(slot.hva.0);
-            let to = end.0.min(slot.hva_end());
-            if from >= to {
-                return None;
-            }
-            let shift = slot.page_size.shift();
-            let from = (from - slot.hva.0).div_ceil(1 << shift);
-            let to = (to - slot.hva.0) >> shift;
-            (from < to).then(|| PageRun::new(first + from, to - from))
+            whole_pages(slot, *first, part(slot.hva.0, slot.len, start.0..end.0)?)
         })
     }
 
@@ -194,32 +184,33 @@ impl SlotSet {
     /// source.
     pub fn runs_of_source(&self, range: ByteRange) -> impl Iterator<Item = PageRun> + '_ {
         self.by_hva.iter().filter_map(move |(slot, first)| {
-            let from = range.start.max(slot.source_offset);
-            let to = range.end().min(slot.source_offset + slot.len);
-            if from >= to {
-                return None;
-            }
-            let shift = slot.page_size.shift();
-            let from = (from - slot.source_offset).div_ceil(1 << shift);
-            let to = (to - slot.source_offset) >> shift;
-            (from < to).then(|| PageRun::new(first + from, to - from))
+            let part = part(slot.source_offset, slot.len, range.start..range.end())?;
+            whole_pages(slot, *first, part)
         })
     }
 
     /// The runs of pages some of whose contents lie inside a range of the source.
     pub fn runs_meeting_source(&self, range: ByteRange) -> impl Iterator<Item = PageRun> + '_ {
         self.by_hva.iter().filter_map(move |(slot, first)| {
-            let from = range.start.max(slot.source_offset);
-            let to = range.end().min(slot.source_offset + slot.len);
-            if from >= to {
-                return None;
-            }
+            let part = part(slot.source_offset, slot.len, range.start..range.end())?;
             let shift = slot.page_size.shift();
-            let from = (from - slot.source_offset) >> shift;
-            let to = (to - slot.source_offset).div_ceil(1 << shift);
+            let (from, to) = (part.start >> shift, part.end.div_ceil(1 << shift));
             Some(PageRun::new(first + from, to - from))
         })
     }
+}
+
+/// What of a range lies in the `len` bytes from `start` on, counted from there.
+fn part(start: u64, len: u64, range: Range<u64>) -> Option<Range<u64>> {
+    let (from, to) = (range.start.max(start), range.end.min(start + len));
+    (from < to).then(|| from - start..to - start)
+}
+
+/// The pages that lie wholly in a part of a slot whose first page is `first`.
+fn whole_pages(slot: &Slot, first: u64, part: Range<u64>) -> Option<PageRun> {
+    let shift = slot.page_size.shift();
+    let (from, to) = (part.start.div_ceil(1 << shift), part.end >> shift);
+    (from < to).then(|| PageRun::new(first + from, to - from))
 }
 
 fn check_slot(index: usize, slot: &Slot, source_len: u64) -> Result<(), SlotError> {

@@ -232,40 +232,16 @@ fn no_wake_is_lost() {
     });
 }
 
-/// Kills a producer of a page at each of its steps; a second one asks for the
-/// same page, and must get it.
-#[test]
-fn a_producer_that_dies_at_any_step_harms_nobody() {
-    let lived = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+/// Explores a program in which one process dies after so many steps, for each
+/// number of steps up to all it has. `program` says whether it lived to its end.
+fn dying_at_any_step(program: fn(usize) -> bool) {
     for steps in 0..100 {
-        lived.store(true, std::sync::atomic::Ordering::Relaxed);
+        let lived = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
         let seen = lived.clone();
         model(move || {
-            let shared = shared();
-            let dying = {
-                let (shared, seen) = (shared.clone(), seen.clone());
-                thread::spawn(move || {
-                    let (process, queue) = Process::new(&shared, steps);
-                    let done = may_die(|| match queue.request(0, true) {
-                        Request::Queued(_) | Request::Merged { tell: true, .. } => process.ring(),
-                        _ => {}
-                    });
-                    if !done {
-                        seen.store(false, std::sync::atomic::Ordering::Relaxed);
-                    }
-                })
-            };
-            let reader = {
-                let shared = shared.clone();
-                thread::spawn(move || {
-                    let (process, queue) = Process::new(&shared, usize::MAX);
-                    read(&process, &queue, 0, 1);
-                })
-            };
-            let (process, queue) = Process::new(&shared, usize::MAX);
-            wait_for_page(&process, &queue);
-            dying.join().unwrap();
-            reader.join().unwrap();
+            if !program(steps) {
+                seen.store(false, std::sync::atomic::Ordering::Relaxed);
+            }
         });
         if lived.load(std::sync::atomic::Ordering::Relaxed) {
             assert!(steps > 5, "it has more steps than that");
@@ -275,44 +251,66 @@ fn a_producer_that_dies_at_any_step_harms_nobody() {
     panic!("it always died");
 }
 
+/// Kills a producer of a page at each of its steps; a second one asks for the
+/// same page, and must get it.
+#[test]
+fn a_producer_that_dies_at_any_step_harms_nobody() {
+    dying_at_any_step(|steps| {
+        let shared = shared();
+        let dying = {
+            let shared = shared.clone();
+            thread::spawn(move || {
+                let (process, queue) = Process::new(&shared, steps);
+                may_die(|| match queue.request(0, true) {
+                    Request::Queued(_) | Request::Merged { tell: true, .. } => process.ring(),
+                    _ => {}
+                })
+            })
+        };
+        let reader = {
+            let shared = shared.clone();
+            thread::spawn(move || {
+                let (process, queue) = Process::new(&shared, usize::MAX);
+                read(&process, &queue, 0, 1);
+            })
+        };
+        let (process, queue) = Process::new(&shared, usize::MAX);
+        wait_for_page(&process, &queue);
+        let lived = dying.join().unwrap();
+        reader.join().unwrap();
+        lived
+    });
+}
+
 /// Kills a reader at each of its steps; somebody notices, and another reader
 /// brings the page.
 #[test]
 fn a_reader_that_dies_at_any_step_loses_no_fault() {
-    let lived = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    for steps in 0..100 {
-        lived.store(true, std::sync::atomic::Ordering::Relaxed);
-        let seen = lived.clone();
-        model(move || {
-            let shared = shared();
-            let producer = {
-                let shared = shared.clone();
-                thread::spawn(move || {
-                    let (process, queue) = Process::new(&shared, usize::MAX);
-                    wait_for_page(&process, &queue);
-                })
-            };
-            let (process, queue) = Process::new(&shared, steps);
-            if !may_die(|| read(&process, &queue, 1, 1)) {
-                seen.store(false, std::sync::atomic::Ordering::Relaxed);
+    dying_at_any_step(|steps| {
+        let shared = shared();
+        let producer = {
+            let shared = shared.clone();
+            thread::spawn(move || {
                 let (process, queue) = Process::new(&shared, usize::MAX);
-                queue.recover(1);
-                process.ring();
-                // It may have died with the page in place and the waiter awake.
-                while !process.is_present() || queue.has_queued() {
-                    read(&process, &queue, 2, 1);
-                }
-                // Or between the commit and the wake.
-                process.wake();
+                wait_for_page(&process, &queue);
+            })
+        };
+        let (process, queue) = Process::new(&shared, steps);
+        let lived = may_die(|| read(&process, &queue, 1, 1));
+        if !lived {
+            let (process, queue) = Process::new(&shared, usize::MAX);
+            queue.recover(1);
+            process.ring();
+            // It may have died with the page in place and the waiter awake.
+            while !process.is_present() || queue.has_queued() {
+                read(&process, &queue, 2, 1);
             }
-            producer.join().unwrap();
-        });
-        if lived.load(std::sync::atomic::Ordering::Relaxed) {
-            assert!(steps > 5, "it has more steps than that");
-            return;
+            // Or between the commit and the wake.
+            process.wake();
         }
-    }
-    panic!("it always died");
+        producer.join().unwrap();
+        lived
+    });
 }
 
 #[test]
