@@ -127,19 +127,25 @@ pub(crate) struct ServeArgs {
 }
 
 /// What to bring in beside a page that was touched.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Prefetch {
     /// Nothing.
     Off,
     /// A window that doubles with each fault in the same 2 MiB.
     Adaptive,
+    /// What comes next where faults follow each other at equal steps.
+    Stride,
+    /// Where they do, as stride; elsewhere as adaptive.
+    Mixed,
 }
 
 impl From<Prefetch> for NeighbourPolicy {
     fn from(prefetch: Prefetch) -> Self {
         match prefetch {
             Prefetch::Off => Self::Off,
-            Prefetch::Adaptive => Self::default(),
+            Prefetch::Adaptive => Self::Adaptive { first_window_shift: 0 },
+            Prefetch::Stride => Self::Strides,
+            Prefetch::Mixed => Self::Mixed,
         }
     }
 }

@@ -14,14 +14,13 @@
 //!             -> poisoned(part)           cannot ever
 //! ```
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::addr::{ByteRange, Hva, PageRun, PageSize};
 use crate::huge::{HugePieces, piece_at};
 use crate::page_map::{Content, PageMap, Words};
 use crate::pages::Pages;
-use crate::prefetch::{FillPace, NeighbourPolicy, Neighbours, Replay, ReplayCounts};
+use crate::prefetch::{Fill, NeighbourPolicy, Neighbours, Prefetch, Replay, ReplayCounts};
 use crate::present::MapError;
 use crate::slot::SlotSet;
 
@@ -67,6 +66,15 @@ impl Piece {
     }
 }
 
+/// Pages to bring in for the sake of some that somebody waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nearby {
+    /// The pages.
+    pub piece: Piece,
+    /// Whether they are worth a read of their own, if they are not at hand.
+    pub expected: bool,
+}
+
 /// The next step of the background fill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FillPlan {
@@ -92,21 +100,12 @@ pub struct WholePiece {
 pub struct Engine<W> {
     pages: Arc<Pages<W>>,
     neighbours: Neighbours,
-    /// The windows around pages somebody waited for, without what was brought
-    /// in of them already.
-    windows: VecDeque<PageRun>,
     /// What a profile says is needed, if there is one.
     replay: Option<Replay>,
-    pace: FillPace,
-    /// No page below this is `Source`, or a hole whose turn has not come.
-    cursor: u64,
+    fill: Fill,
     /// Where pages arrived, if huge pages are to be made of them.
     huge: Option<HugePieces>,
 }
-
-/// The most windows kept: half as many as faults are read at a time. Faults
-/// that come faster need no neighbours to keep their threads going.
-const MAX_WINDOWS: usize = 32;
 
 /// Base pages in 2 MiB.
 const HUGE_PAGE: u64 = 512;
@@ -137,10 +136,8 @@ impl<W: Words> Engine<W> {
         Self {
             pages: Arc::new(pages),
             neighbours: Neighbours::new(neighbours, count),
-            windows: VecDeque::new(),
             replay: None,
-            pace: FillPace::new(),
-            cursor: 0,
+            fill: Fill::new(count),
             huge: None,
         }
     }
@@ -184,8 +181,7 @@ impl<W: Words> Engine<W> {
 
     /// The same of the next 2 MiB that the background fill comes to.
     pub fn next_fill_piece(&self) -> Option<WholePiece> {
-        let all = PageRun::new(0, self.pages.map().pages());
-        let next = self.pages.map().next_source(tail(all, self.cursor))?;
+        let next = self.pages.map().next_source(self.fill.next()?)?;
         self.claim_piece(next)
     }
 
@@ -219,8 +215,12 @@ impl<W: Words> Engine<W> {
     pub fn fault(&mut self, hva: Hva) -> Option<FaultPlan> {
         let page = self.slots().page_at(hva)?;
         self.demanded();
+        let (slot, bounds) = self.pages.slots().slot_of(page);
+        if slot.page_size == PageSize::Size4K {
+            self.neighbours.faulted(page, bounds);
+        }
         if let Some(replay) = &mut self.replay {
-            replay.demanded(page);
+            replay.faulted(page, bounds);
         }
         Some(self.plan(page))
     }
@@ -228,7 +228,7 @@ impl<W: Words> Engine<W> {
     /// Somebody waits, here or in other memory: keep the next piece of the fill
     /// and of the replay small.
     pub fn demanded(&mut self) {
-        self.pace.demanded();
+        self.fill.interrupted();
         if let Some(replay) = &mut self.replay {
             replay.interrupted();
         }
@@ -249,7 +249,7 @@ impl<W: Words> Engine<W> {
                     }
                     let down = self.pages.map().claim_down(page, page - window.first);
                     let run = PageRun::new(page - down, down + up);
-                    self.bring_later(window, run);
+                    self.bring_later(page, window, run);
                     return FaultPlan::Fetch { page, run };
                 }
                 Content::Claimed => return FaultPlan::InFlight(page),
@@ -257,7 +257,7 @@ impl<W: Words> Engine<W> {
                     let window = self.window(page);
                     let count = self.pages.map().alike_from(page, window.end() - page);
                     let run = PageRun::new(page, count);
-                    self.bring_later(window, run);
+                    self.bring_later(page, window, run);
                     return FaultPlan::Zero(run);
                 }
                 Content::Poisoned => return FaultPlan::Poisoned(page),
@@ -273,27 +273,17 @@ impl<W: Words> Engine<W> {
         }
     }
 
-    /// Remembers a window, of which `run` is brought in at once: that ends at
-    /// the first page that is in place, or of another kind.
-    fn bring_later(&mut self, window: PageRun, run: PageRun) {
-        if window == run {
-            return;
+    /// Remembers the window around a page, of which `run` is brought in at once:
+    /// that ends at the first page that is in place, or of another kind.
+    fn bring_later(&mut self, page: u64, window: PageRun, run: PageRun) {
+        if window != run {
+            self.neighbours.put_off(page, window);
         }
-        if self.windows.len() == MAX_WINDOWS {
-            self.windows.pop_front();
-        }
-        self.windows.push_back(window);
     }
 
     /// The next pages near those that somebody waited for, `most` at most.
-    pub fn next_neighbours(&mut self, most: u64) -> Option<Piece> {
-        while let Some(window) = self.windows.pop_front() {
-            if let Some(piece) = self.next_piece(window, most) {
-                self.windows.push_front(tail(window, piece.run().end()));
-                return Some(piece);
-            }
-        }
-        None
+    pub fn next_neighbours(&mut self, most: u64) -> Option<Nearby> {
+        next_of(&self.pages, &mut self.neighbours, most)
     }
 
     /// Brings in these ranges of the source before others, in this order: what a
@@ -303,7 +293,9 @@ impl<W: Words> Engine<W> {
         let runs = order.iter().flat_map(|range| pages.slots().runs_meeting_source(*range));
         let runs: Vec<PageRun> = runs.collect();
         for run in &runs {
-            self.cursor = self.cursor.min(pages.give_zeroes(*run).unwrap_or(self.cursor));
+            if let Some(zero) = pages.give_zeroes(*run) {
+                self.fill.again_from(zero);
+            }
         }
         self.replay = Some(Replay::new(runs, pages.map().pages()));
     }
@@ -322,15 +314,7 @@ impl<W: Words> Engine<W> {
     /// The next pages of the profile, `most` at most (and at least one huge page,
     /// in slots of such).
     pub fn next_replayed(&mut self, most: u64) -> Option<Piece> {
-        while let Some(run) = self.replay.as_ref()?.next() {
-            let piece = self.next_piece(run, most);
-            let until = piece.map_or(run.end(), |piece| piece.run().end());
-            self.replay.as_mut()?.took(until);
-            if piece.is_some() {
-                return piece;
-            }
-        }
-        None
+        next_of(&self.pages, self.replay.as_mut()?, most).map(|nearby| nearby.piece)
     }
 
     /// How well the profile fits so far.
@@ -341,44 +325,16 @@ impl<W: Words> Engine<W> {
     /// How many base pages the background fill may bring in before faults are
     /// looked for again.
     pub fn fill_piece(&mut self) -> u64 {
-        self.pace.next_pages()
+        self.fill.piece()
     }
 
     /// The next pages to fill, `most` at most (and at least one huge page, in
     /// slots of such).
     pub fn next_fill(&mut self, most: u64) -> FillPlan {
-        let all = PageRun::new(0, self.pages.map().pages());
-        if let Some(piece) = self.next_piece(tail(all, self.cursor), most) {
-            self.cursor = piece.run().end();
-            return FillPlan::Bring(piece);
-        }
-        self.cursor = all.end();
-        if self.pages.is_complete() { FillPlan::Complete } else { FillPlan::Wait }
-    }
-
-    /// The first pages of a run that shall have memory and that nobody brings
-    /// in: claimed, if they are to be fetched.
-    fn next_piece(&self, within: PageRun, most: u64) -> Option<Piece> {
-        let map = self.pages.map();
-        loop {
-            let source = map.next_source(within);
-            let hole = map.next_holes(within);
-            let first = source.into_iter().chain(hole.map(|run| run.first)).min()?;
-            let (slot, bounds) = self.pages.slots().slot_of(first);
-            let most = match slot.page_size {
-                // Never across 2 MiB: one slow read holds up no more.
-                PageSize::Size4K => most.min(HUGE_PAGE - first % HUGE_PAGE),
-                PageSize::Size2M => 1,
-            };
-            let most = most.min(bounds.end().min(within.end()) - first);
-            if let Some(hole) = hole.filter(|hole| hole.first == first) {
-                return Some(Piece::Zero(PageRun::new(first, hole.count.min(most))));
-            }
-            let count = map.claim_up(first, most);
-            // None, if somebody else was faster: look again.
-            if count > 0 {
-                return Some(Piece::Fetch(PageRun::new(first, count)));
-            }
+        match next_of(&self.pages, &mut self.fill, most) {
+            Some(next) => FillPlan::Bring(next.piece),
+            None if self.pages.is_complete() => FillPlan::Complete,
+            None => FillPlan::Wait,
         }
     }
 
@@ -400,7 +356,7 @@ impl<W: Words> Engine<W> {
     /// again.
     pub fn released(&mut self, run: PageRun) {
         self.pages.map().release(run);
-        self.cursor = self.cursor.min(run.first);
+        self.fill.again_from(run.first);
     }
 
     /// Claimed pages cannot be had.
@@ -439,13 +395,48 @@ impl<W: Words> Engine<W> {
             let (slot, _) = self.pages.slots().slot_of(run.first);
             if slot.page_size == PageSize::Size4K && run.count < HUGE_PAGE {
                 self.pages.small_hole(run);
-                self.cursor = self.cursor.min(run.first);
+                self.fill.again_from(run.first);
             }
         }
     }
 }
 
-/// The pages of a run from one of them on.
-fn tail(run: PageRun, page: u64) -> PageRun {
-    PageRun::new(page, run.end() - page)
+/// The next pages that this policy names and that nobody brings in, `most` at
+/// most.
+fn next_of<W: Words>(pages: &Pages<W>, policy: &mut impl Prefetch, most: u64) -> Option<Nearby> {
+    while let Some(run) = policy.next() {
+        let expected = policy.is_expected();
+        let piece = next_piece(pages, run, most);
+        policy.took(piece.map_or(run.end(), |piece| piece.run().end()));
+        if let Some(piece) = piece {
+            return Some(Nearby { piece, expected });
+        }
+    }
+    None
+}
+
+/// The first pages of a run that shall have memory and that nobody brings in:
+/// claimed, if they are to be fetched.
+fn next_piece<W: Words>(pages: &Pages<W>, within: PageRun, most: u64) -> Option<Piece> {
+    let map = pages.map();
+    loop {
+        let source = map.next_source(within);
+        let hole = map.next_holes(within);
+        let first = source.into_iter().chain(hole.map(|run| run.first)).min()?;
+        let (slot, bounds) = pages.slots().slot_of(first);
+        let most = match slot.page_size {
+            // Never across 2 MiB: one slow read holds up no more.
+            PageSize::Size4K => most.min(HUGE_PAGE - first % HUGE_PAGE),
+            PageSize::Size2M => 1,
+        };
+        let most = most.min(bounds.end().min(within.end()) - first);
+        if let Some(hole) = hole.filter(|hole| hole.first == first) {
+            return Some(Piece::Zero(PageRun::new(first, hole.count.min(most))));
+        }
+        let count = map.claim_up(first, most);
+        // None, if somebody else was faster: look again.
+        if count > 0 {
+            return Some(Piece::Fetch(PageRun::new(first, count)));
+        }
+    }
 }

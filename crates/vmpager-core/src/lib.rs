@@ -16,7 +16,7 @@
 //! | [`pages`] | what all who install share |
 //! | [`present`] | what other processes read of the page map |
 //! | [`huge`] | which 2 MiB to make huge pages of |
-//! | [`prefetch`] | what to bring in though nobody waits for it: neighbours, a profile, the fill |
+//! | [`prefetch`] | what to bring in though nobody waits for it: neighbours, strides, a profile, the fill |
 //! | [`apf`] | what a guest is told of pages it waits for |
 //! | [`engine`] | what to do about a fault, a removal, a finished read |
 //! | [`source`] | how page contents are asked for |
@@ -38,7 +38,7 @@ pub mod source;
 mod sync;
 
 pub use addr::{ByteRange, Hva, PageRun, PageSize};
-pub use engine::{Engine, FaultPlan, FillPlan, Piece, WholePiece};
+pub use engine::{Engine, FaultPlan, FillPlan, Nearby, Piece, WholePiece};
 pub use installer::{PageInstaller, Resolution, WatchedInstaller, Watcher};
 pub use page_map::{Content, LoadWords, MapSlot, PageMap, Words};
 pub use pages::Pages;

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 
 use vmpager_core::page_map::words_for;
 use vmpager_core::prefetch::NeighbourPolicy;
-use vmpager_core::{ByteRange, Engine, FaultPlan, Hva, PageSize, Piece, Slot, SlotSet};
+use vmpager_core::{ByteRange, Engine, FaultPlan, Hva, PageSize, Slot, SlotSet};
 
 const HVA: u64 = 0x7f00_0000_0000;
 /// Pages in 2 MiB.
@@ -49,8 +49,8 @@ impl Guest {
             FaultPlan::Fetch { run, .. } | FaultPlan::Zero(run) => self.engine.installed(run),
             plan => panic!("{plan:?} of page {page}"),
         }
-        while let Some(Piece::Fetch(run) | Piece::Zero(run)) = self.engine.next_neighbours(64) {
-            self.engine.installed(run);
+        while let Some(near) = self.engine.next_neighbours(64) {
+            self.engine.installed(near.piece.run());
         }
     }
 }

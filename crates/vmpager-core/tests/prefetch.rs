@@ -2,7 +2,7 @@
 #![cfg(not(loom))]
 
 use vmpager_core::PageRun;
-use vmpager_core::prefetch::{FillPace, NeighbourPolicy, Neighbours};
+use vmpager_core::prefetch::{FillPace, NeighbourPolicy, Neighbours, Prefetch};
 
 const ALL: PageRun = PageRun::new(0, 2048);
 

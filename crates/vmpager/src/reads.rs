@@ -31,6 +31,8 @@ pub(crate) struct Read {
     pub(crate) priority: Priority,
     /// Who waits for a page of it, if anybody does yet.
     pub(crate) waiter: Option<Waiter>,
+    /// Whether it is for what lies near a page that somebody waited for.
+    pub(crate) nearby: bool,
     /// How often it has failed.
     pub(crate) failures: u32,
 }
@@ -95,7 +97,8 @@ impl Reads {
         self.fills < FILL_DEPTH
     }
 
-    /// Whether the replay of a profile may submit one more.
+    /// Whether the replay of a profile, or what is ahead of faults, may submit one
+    /// more.
     pub(crate) fn may_prefetch(&self) -> bool {
         self.fills + self.prefetches < PREFETCH_DEPTH
     }

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use clap::ValueEnum;
 use tracing::{info, warn};
-use vmpager::NeighbourPolicy;
 use vmpager::core::PageSource;
 use vmpager_store::RawFile;
 use vmpager_store::faulty::{ALL, FaultySource};
@@ -21,6 +20,7 @@ use vmpager_vm::{
 use super::control::ControlSocket;
 use super::outcome::{EXIT_STATUS, since};
 use super::session::{self, Session};
+use crate::serve::Prefetch;
 
 /// Options of `vmpager vm restore`.
 #[derive(Clone, Debug, clap::Args)]
@@ -85,8 +85,8 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "MICROSECONDS|FROM-TO", value_parser = delay, conflicts_with = "pager")]
     source_delay: Option<RangeInclusive<Duration>>,
     /// What comes along with a page that is touched.
-    #[arg(long, value_enum, default_value_t = NeighboursArg::Adaptive, conflicts_with = "pager")]
-    neighbours: NeighboursArg,
+    #[arg(long, value_enum, default_value_t = Prefetch::Adaptive, conflicts_with = "pager")]
+    neighbours: Prefetch,
     /// Have guest memory in huge pages of 2 MiB.
     #[arg(long, requires = "pager")]
     huge_pages: bool,
@@ -132,15 +132,6 @@ enum MechanismArg {
     /// kernel with software-protected VMs, which Linux has for development and
     /// testing.
     Attributes,
-}
-
-/// What comes along.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum NeighboursArg {
-    /// More and more of the 2 MiB around, where the guest keeps touching.
-    Adaptive,
-    /// Nothing.
-    Off,
 }
 
 fn async_faults(text: &str) -> Result<AsyncFaults, String> {
@@ -212,7 +203,7 @@ impl RestoreArgs {
             (self.exit_mechanism.is_some(), "--exit-mechanism"),
             (self.async_pf.is_some(), "--async-pf"),
             (self.source_delay.is_some(), "--source-delay"),
-            (self.neighbours != NeighboursArg::Adaptive, "--neighbours"),
+            (self.neighbours != Prefetch::Adaptive, "--neighbours"),
         ];
         given.into_iter().find(|(is_given, _)| *is_given).map(|(_, name)| name)
     }
@@ -287,10 +278,7 @@ fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
             collapse: args.collapse,
             delivery: args.delivery()?,
             async_faults: args.async_faults()?,
-            neighbours: match args.neighbours {
-                NeighboursArg::Adaptive => NeighbourPolicy::default(),
-                NeighboursArg::Off => NeighbourPolicy::Off,
-            },
+            neighbours: args.neighbours.into(),
             source: args.slow_source()?,
         }),
         (MemoryMode::Eager, _) => RestoreMemory::Eager,

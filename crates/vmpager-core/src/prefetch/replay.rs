@@ -1,5 +1,6 @@
 //! The order of a profile: pages that an earlier run of the guest touched.
 
+use super::Prefetch;
 use crate::addr::PageRun;
 
 /// Brings in the pages of a profile, in its order.
@@ -58,38 +59,6 @@ impl Replay {
         Self { runs, at: 0, members, patience: Self::PATIENCE, piece: Self::FIRST_PIECE, counts }
     }
 
-    /// Somebody waits, here or in other memory.
-    pub fn interrupted(&mut self) {
-        self.piece = Self::FIRST_PIECE;
-    }
-
-    /// Somebody waits for a page.
-    pub fn demanded(&mut self, page: u64) {
-        let has = place(&mut self.members, page).is_some_and(|(word, bit)| *word & bit != 0);
-        if has {
-            self.counts.late += 1;
-            self.patience = (self.patience + Self::CREDIT).min(Self::PATIENCE);
-        } else {
-            self.counts.missed += 1;
-            self.patience = self.patience.saturating_sub(1);
-        }
-    }
-
-    /// The pages that come next, whether or not they are in place; nothing while
-    /// there is no patience left, or when all have had their turn.
-    pub fn next(&self) -> Option<PageRun> {
-        self.runs.get(self.at).copied().filter(|_| self.patience > 0)
-    }
-
-    /// The pages of [`next`](Self::next) below this one have had their turn.
-    pub fn took(&mut self, until: u64) {
-        if let Some(run) = self.runs.get_mut(self.at) {
-            let until = until.clamp(run.first, run.end());
-            *run = PageRun::new(until, run.end() - until);
-            self.at += usize::from(run.count == 0);
-        }
-    }
-
     /// How many pages to bring in before faults are looked for again.
     pub fn piece(&mut self) -> u64 {
         let pages = self.piece;
@@ -111,6 +80,36 @@ impl Replay {
     /// How well the profile fits so far.
     pub fn counts(&self) -> ReplayCounts {
         self.counts
+    }
+}
+
+impl Prefetch for Replay {
+    fn faulted(&mut self, page: u64, _bounds: PageRun) {
+        let has = place(&mut self.members, page).is_some_and(|(word, bit)| *word & bit != 0);
+        if has {
+            self.counts.late += 1;
+            self.patience = (self.patience + Self::CREDIT).min(Self::PATIENCE);
+        } else {
+            self.counts.missed += 1;
+            self.patience = self.patience.saturating_sub(1);
+        }
+    }
+
+    fn interrupted(&mut self) {
+        self.piece = Self::FIRST_PIECE;
+    }
+
+    /// Nothing while there is no patience left, or when all have had their turn.
+    fn next(&self) -> Option<PageRun> {
+        self.runs.get(self.at).copied().filter(|_| self.patience > 0)
+    }
+
+    fn took(&mut self, until: u64) {
+        if let Some(run) = self.runs.get_mut(self.at) {
+            let until = until.clamp(run.first, run.end());
+            *run = PageRun::new(until, run.end() - until);
+            self.at += usize::from(run.count == 0);
+        }
     }
 }
 

@@ -123,8 +123,8 @@ impl World {
             }
         }
         let first_window = match policy {
-            NeighbourPolicy::Off => 0,
             NeighbourPolicy::Adaptive { first_window_shift } => first_window_shift.min(9),
+            _ => 0,
         };
         let mut world = Self {
             engine,

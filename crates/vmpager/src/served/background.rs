@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
-use vmpager_core::{FillPlan, PageData, PageRun, PageSize, Piece, Priority, SourceError};
+use vmpager_core::{FillPlan, Nearby, PageData, PageRun, PageSize, Piece, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
 use super::install::{FIRST_RETRY, LAST_RETRY, Put, PutEnd};
@@ -105,7 +105,7 @@ impl Served {
         waiter: Option<Waiter>,
     ) -> Read {
         let (_, range) = self.engine.slots().locate(run);
-        Read { memory: self.id, run, range, priority, waiter, failures: 0 }
+        Read { memory: self.id, run, range, priority, waiter, nearby: false, failures: 0 }
     }
 
     /// A read in the background has ended with these bytes.
@@ -131,7 +131,11 @@ impl Served {
         }
         if read.waiter.is_none() && read.priority == Priority::Prefetch {
             self.counters.bytes_read += read.range.len;
-            self.counters.pages_profile += installed;
+            let counter = match read.nearby {
+                true => &mut self.counters.pages_neighbour,
+                false => &mut self.counters.pages_profile,
+            };
+            *counter += installed;
         } else {
             self.count_installed(read.run, read.waiter, installed);
         }
@@ -161,7 +165,8 @@ impl Served {
                 PageRun::new(read.run.first, half),
                 PageRun::new(read.run.first + half, read.run.count - half),
             ] {
-                reads.submit(self.background(run, read.priority, read.waiter_within(run)));
+                let half = self.background(run, read.priority, read.waiter_within(run));
+                reads.submit(Read { nearby: read.nearby, ..half });
             }
             return Ok(());
         }
@@ -175,8 +180,8 @@ impl Served {
     }
 
     /// Brings in some of the pages near those that somebody waited for. Those
-    /// that are not at hand are not worth a read of their own: they are left.
-    /// False if there are none.
+    /// that are not at hand are read if a stream of faults leads to them, else they
+    /// are not worth it, and left. False if there are none.
     pub(crate) fn bring_neighbours(&mut self, reads: &mut Reads) -> Result<bool, Lost> {
         if self.retry.at.is_some() {
             return Ok(false);
@@ -185,22 +190,35 @@ impl Served {
         let most = self.chunk.pages_of(PageSize::Size4K.shift());
         match self.engine.next_neighbours(most) {
             None => return Ok(false),
-            Some(Piece::Zero(run)) => self.fill_zeroes(run, reads)?,
-            Some(Piece::Fetch(run)) => self.fetch_neighbours(run, reads)?,
+            Some(Nearby { piece: Piece::Zero(run), .. }) => self.fill_zeroes(run, reads)?,
+            Some(Nearby { piece: Piece::Fetch(run), expected }) => {
+                self.fetch_neighbours(run, expected, reads)?;
+            }
         }
         self.chunk.took(started.elapsed());
         Ok(true)
     }
 
     /// Installs claimed neighbours.
-    fn fetch_neighbours(&mut self, run: PageRun, reads: &mut Reads) -> Result<(), Lost> {
+    fn fetch_neighbours(
+        &mut self,
+        run: PageRun,
+        expected: bool,
+        reads: &mut Reads,
+    ) -> Result<(), Lost> {
         let (_, range) = self.engine.slots().locate(run);
+        let read = expected && reads.may_prefetch();
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
                 let end = self.put(run, Put::Bytes(data.address()))?;
                 self.counters.bytes_read += range.len;
                 self.counters.pages_neighbour += end.pages;
                 self.put_off_rest(end, reads)
+            }
+            Ok(None) if read => {
+                let read = self.background(run, Priority::Prefetch, None);
+                reads.submit(Read { nearby: true, ..read });
+                Ok(())
             }
             Ok(None) => {
                 self.engine.released(run);

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use vmpager_core::prefetch::Prefetch;
 use vmpager_core::{ByteRange, FaultPlan, PageRun, PageSize, Piece, Priority};
 use vmpager_store::profile::{Recorder, Touch};
 

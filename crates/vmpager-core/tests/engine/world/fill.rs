@@ -64,11 +64,13 @@ impl World {
             expected = self.next_piece(window, most);
             if let Some(piece) = expected {
                 let end = piece.run().end();
-                self.owed.push_front(PageRun::new(end, window.end() - end));
+                if end < window.end() {
+                    self.owed.push_front(PageRun::new(end, window.end() - end));
+                }
                 break;
             }
         }
-        let piece = self.engine.next_neighbours(most);
+        let piece = self.engine.next_neighbours(most).map(|near| near.piece);
         assert_eq!(piece, expected, "{most} at most");
         piece.into_iter().for_each(|piece| self.bring(piece));
     }
