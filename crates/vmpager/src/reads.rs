@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vmpager_core::prefetch::limits::{FILL_DEPTH, PREFETCH_DEPTH};
 use vmpager_core::{ByteRange, PageReader, PageRun, Priority, ReadId, ReadRequest, SourceError};
 
 use crate::metrics::SourceStats;
@@ -53,12 +54,6 @@ impl Read {
 const TRIES: u32 = 4;
 /// The pause before the second try; it doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
-/// Reads for the background fill in flight at once, so that a demanded read
-/// never queues behind many: each is 512 KiB at most (or one huge page).
-const FILL_DEPTH: usize = 4;
-/// Reads that nobody waits for, for whatever reason. Those of a profile are small
-/// where its pages are far from each other.
-const PREFETCH_DEPTH: usize = 24;
 
 /// A worker's reader and the reads it has given to it.
 #[derive(Debug)]

@@ -7,6 +7,7 @@ mod convert;
 mod exit;
 mod fault;
 mod image;
+mod prefetch;
 mod restore;
 mod sessions;
 
@@ -32,6 +33,9 @@ pub(crate) enum BenchCommand {
     /// Pages converted between private and shared: how fast, against the bare calls,
     /// and how long other vCPUs' faults take meanwhile.
     Convert(convert::ConvertArgs),
+    /// Prefetch policies on recorded traces, simulated: who waits, what comes in
+    /// vain.
+    Prefetch(prefetch::PrefetchArgs),
     /// A whole VM restored: eagerly, by mmap, on demand, against a handler
     /// that answers each fault with one page.
     Restore(restore::RestoreArgs),
@@ -48,6 +52,7 @@ pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Image(args) => image::run(args),
         BenchCommand::Attach(args) => attach::run(args),
         BenchCommand::Convert(args) => convert::run(args),
+        BenchCommand::Prefetch(args) => prefetch::run(args),
         BenchCommand::Restore(args) => restore::run(args),
         BenchCommand::Sessions(args) => sessions::run(args),
     }

@@ -15,6 +15,7 @@
 //!   behind ([`FillPace`]).
 
 mod fill;
+pub mod limits;
 mod neighbours;
 mod pace;
 mod replay;

@@ -224,24 +224,29 @@ impl Profile {
     /// their first touch in the large, that of their addresses within some
     /// hundreds or thousands of pages, so that neighbours are brought in together.
     pub fn replay_order(&self) -> Vec<Range<u32>> {
-        let mut order: Vec<Range<u32>> = Vec::new();
-        let (mut rest, mut wave) = (&self.pages[..], FIRST_WAVE);
-        while !rest.is_empty() {
-            let (now, later) = rest.split_at(wave.min(rest.len()));
-            let mut pages: Vec<u32> = now.iter().map(|page| page.page).collect();
-            pages.sort_unstable();
-            let mut start = order.len();
-            for page in pages {
-                match order.get_mut(start) {
-                    Some(run) if run.end == page => run.end = page + 1,
-                    _ => {
-                        start = order.len();
-                        order.push(page..page + 1);
-                    }
+        replay_order(&self.pages.iter().map(|page| page.page).collect::<Vec<_>>())
+    }
+}
+
+/// The same of pages in the order of their first touch; none may be there twice.
+pub fn replay_order(mut rest: &[u32]) -> Vec<Range<u32>> {
+    let mut order: Vec<Range<u32>> = Vec::new();
+    let mut wave = FIRST_WAVE;
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(wave.min(rest.len()));
+        let mut pages = now.to_vec();
+        pages.sort_unstable();
+        let mut start = order.len();
+        for page in pages {
+            match order.get_mut(start) {
+                Some(run) if run.end == page => run.end = page + 1,
+                _ => {
+                    start = order.len();
+                    order.push(page..page + 1);
                 }
             }
-            (rest, wave) = (later, (wave * 2).min(MAX_WAVE));
         }
-        order
+        (rest, wave) = (later, (wave * 2).min(MAX_WAVE));
     }
+    order
 }

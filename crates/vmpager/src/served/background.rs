@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
+use vmpager_core::prefetch::limits::{CHUNK, COLD_PIECE, LONG};
 use vmpager_core::{FillPlan, Nearby, PageData, PageRun, PageSize, Piece, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
@@ -42,14 +43,6 @@ impl Patience {
     }
 }
 
-/// The most pages the fill reads from storage at a time: 512 KiB, so that a
-/// demanded read never queues behind much.
-const COLD_PIECE: u64 = 128;
-
-/// A piece of the fill that has taken longer ends: who faults meanwhile waits
-/// for it, and how long a page takes is up to the machine.
-pub(super) const LONG: Duration = Duration::from_micros(700);
-
 /// How many base pages the fill installs between two looks at the clock: some
 /// 100 to 250 us' worth. A page takes 1 us, but ten and more on a virtualised
 /// host whose own memory is not backed yet.
@@ -59,7 +52,7 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
-    const MOST: u64 = 64;
+    const MOST: u64 = CHUNK;
     const LEAST: u64 = 4;
 
     pub(super) fn new() -> Self {

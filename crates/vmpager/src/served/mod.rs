@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 use vmpager_core::prefetch::NeighbourPolicy;
+use vmpager_core::prefetch::limits::COLD_WINDOW;
 use vmpager_core::{
     ByteRange, Engine, FaultPlan, Hva, PageData, PageMap, PageReader, PageRun, PageSource,
     Priority, SlotSet, SourceError,
@@ -72,11 +73,16 @@ pub struct ServeOptions {
 impl ServeOptions {
     /// What to replay of a profile of the source.
     pub fn order_of(profile: &Profile) -> Arc<[ByteRange]> {
+        Self::ranges_of(profile.replay_order()).into()
+    }
+
+    /// The bytes of these pages.
+    pub fn ranges_of(pages: Vec<std::ops::Range<u32>>) -> Vec<ByteRange> {
         let bytes = |run: std::ops::Range<u32>| {
             let (start, end) = (u64::from(run.start) * 4096, u64::from(run.end) * 4096);
             ByteRange::new(start, end - start)
         };
-        profile.replay_order().into_iter().map(bytes).collect()
+        pages.into_iter().map(bytes).collect()
     }
 }
 
@@ -570,10 +576,6 @@ const MANY: usize = 4;
 /// The most faults whose waiters are woken together: the first one waits for
 /// the pages of the others.
 const WAKE_TOGETHER: u64 = 16;
-
-/// The most pages read from storage for a demanded one: 256 KiB take little
-/// longer than one page, 2 MiB ten times as long.
-const COLD_WINDOW: u64 = 64;
 
 /// The bytes of a range, if all of them are at hand.
 fn at_hand(

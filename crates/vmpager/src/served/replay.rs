@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vmpager_core::prefetch::Prefetch;
+use vmpager_core::prefetch::limits::LONG;
 use vmpager_core::{ByteRange, FaultPlan, PageRun, PageSize, Piece, Priority};
 use vmpager_store::profile::{Recorder, Touch};
 
-use super::background::LONG;
 use super::install::Put;
 use super::{Lost, Served, at_hand};
 use crate::reads::Reads;
