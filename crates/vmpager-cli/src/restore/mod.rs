@@ -13,7 +13,7 @@ use vmpager_vm::SnapshotPaths;
 
 pub(crate) use self::cache::{Cache, prepare as prepare_cache, warm_up_memory};
 use self::process::{Running, vmpager};
-use crate::serve::ServeReport;
+use crate::serve::{Prefetch, ServeReport};
 use crate::vm_process::{VmOutcome, monotonic_ns};
 
 /// How a VM's memory is restored.
@@ -127,6 +127,8 @@ pub(crate) struct Work {
     pub(crate) run_ms: Option<u64>,
     /// Host threads as vCPUs, even where there is KVM.
     pub(crate) threads: bool,
+    /// What `vmpager serve` brings in beside what is touched, if not its default.
+    pub(crate) prefetch: Option<Prefetch>,
 }
 
 /// What came of a restore.
@@ -149,7 +151,7 @@ pub(crate) fn restore(
     work: &Work,
 ) -> anyhow::Result<Restored> {
     let socket = scratch.join(format!("{}.sock", mode.name()));
-    let pager = start_pager(mode, snapshot, &socket)?;
+    let pager = start_pager(mode, snapshot, &socket, work)?;
     let vm = run_vm(mode, snapshot, &socket, work)?;
     outcome(mode, snapshot, vm, pager)
 }
@@ -205,6 +207,7 @@ fn start_pager(
     mode: Mode,
     snapshot: &SnapshotPaths,
     socket: &Path,
+    work: &Work,
 ) -> anyhow::Result<Option<Running>> {
     let mut args: Vec<PathBuf> = match mode {
         Mode::Eager | Mode::Mmap | Mode::InProcessFill | Mode::InProcessHuge => return Ok(None),
@@ -218,6 +221,11 @@ fn start_pager(
         None => args.extend(["--memory".into(), snapshot.memory.clone()]),
     }
     args.extend(mode.profile(snapshot).into_iter().flat_map(|path| ["--profile".into(), path]));
+    if mode != Mode::Naive
+        && let Some(prefetch) = work.prefetch.and_then(|prefetch| prefetch.to_possible_value())
+    {
+        args.extend(["--prefetch".into(), prefetch.get_name().into()]);
+    }
     let mut pager = vmpager(&args)?;
     pager.wait_for(socket)?;
     Ok(Some(pager))

@@ -11,6 +11,7 @@ use self::report::{Report, Row};
 use self::subject::Subject;
 use crate::image::CodecArg;
 use crate::restore::{Cache, Mode, Restored, Work, prepare_cache, restore, warm_up_memory};
+use crate::serve::Prefetch;
 use crate::size;
 use crate::vm_process::{GuestCpu, millis};
 
@@ -57,6 +58,9 @@ pub(crate) struct RestoreArgs {
     /// Ways to restore [default: all].
     #[arg(long, value_enum, value_delimiter = ',')]
     modes: Option<Vec<Mode>>,
+    /// What `vmpager serve` brings in beside what is touched [default: as it does].
+    #[arg(long, value_enum)]
+    prefetch: Option<Prefetch>,
     /// How the images of the packed ways are compressed.
     #[arg(long, value_enum, default_value_t = CodecArg::Lz4)]
     codec: CodecArg,
@@ -152,5 +156,6 @@ fn work(args: &RestoreArgs, subject: &Subject, seed: u64) -> Work {
         verify: false,
         threads: subject.vm == "threads",
         run_ms: Some(args.run_ms),
+        prefetch: args.prefetch,
     }
 }
