@@ -254,3 +254,35 @@ fn restores_by_profiles_and_layers_are_measured() {
         assert!(row["workload_ms"].as_f64().unwrap() > 0.0, "{row}");
     }
 }
+
+/// The golden profile is a trace like any other.
+#[test]
+fn bench_prefetch_takes_profiles_as_traces() {
+    let trace =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../vmpager-store/tests/golden/two-sessions.vmprof");
+    let bench = |more: &[&str]| {
+        let output = Command::new(VMPAGER)
+            .args(["bench", "prefetch", "--trace", trace, "--json"])
+            .args(more)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    for more in [&[][..], &["--latency-us", "300"]] {
+        let report = bench(more);
+        let rows = report["rows"].as_array().unwrap();
+        let row = |policy: &str| rows.iter().find(|row| row["policy"] == policy).unwrap();
+        let touches = row("off")["touches"].as_u64().unwrap();
+        assert!(touches > 0 && row("off")["waits"] == touches && row("off")["ratio_off"] == 1.0);
+        for policy in ["adaptive", "stride", "mixed", "profile", "fill"] {
+            let of = |key: &str| row(policy)[key].as_u64().unwrap();
+            assert_eq!(of("used") + of("waits"), touches, "{policy}: each came or was waited for");
+        }
+    }
+    let one = bench(&["--policies", "stride"]);
+    assert_eq!(
+        (one["rows"].as_array().unwrap().len(), &one["rows"][0]["ratio_off"]),
+        (1, &Value::Null)
+    );
+}
