@@ -7,10 +7,12 @@ mod doctor;
 mod image;
 mod output;
 mod profile;
+mod report;
 mod restore;
 mod scratch;
 mod serve;
 mod size;
+mod top;
 mod vm;
 mod vm_process;
 
@@ -46,6 +48,10 @@ enum Command {
     /// Serve VMs' memory from a file, in place of Firecracker's example
     /// page-fault handler.
     Serve(serve::ServeArgs),
+    /// Watch a daemon's sessions, on a terminal.
+    Top(top::TopArgs),
+    /// Make a picture of a run: one HTML file that needs nothing else.
+    Report(report::ReportArgs),
     /// Pack memory files into small images that VMs are served from.
     #[command(subcommand)]
     Image(image::ImageCommand),
@@ -78,6 +84,8 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Serve(args) => return exit(serve::run(args)),
+        Command::Top(args) => top::run(args),
+        Command::Report(args) => report::run(args),
         Command::Image(command) => image::run(command),
         Command::Profile(command) => profile::run(command),
         Command::Bench(command) => bench::run(command),

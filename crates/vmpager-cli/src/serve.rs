@@ -45,7 +45,8 @@ use crate::{output, size};
     my-back-end --memory /run/vm/doors/$!.sock\n\n\
     Watched by Prometheus, or any other scraper, and by `vmpager top`:\n  \
     vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --metrics 127.0.0.1:9464 &\n  \
-    curl http://127.0.0.1:9464/metrics\n\n\
+    curl http://127.0.0.1:9464/metrics\n  \
+    vmpager top --metrics 127.0.0.1:9464\n\n\
     Any number of VMs may connect. The memory file must not change meanwhile.\n\
     SIGTERM and SIGINT stop it: what is in flight is finished first, and each VM\n\
     that still misses memory is named.\n\n\

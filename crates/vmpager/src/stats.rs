@@ -142,6 +142,9 @@ pub struct SessionSummary {
     pub regions: u64,
     /// Bytes in them.
     pub memory_bytes: u64,
+    /// The size of a page, or the mean size, in bytes: what `pages_...` are counted in.
+    #[serde(default)]
+    pub page_bytes: u64,
     /// Faults the pager served, however they came.
     pub faults: u64,
     /// Of them, those of threads of vCPUs. Like the next two, 0 where the VMM's
@@ -233,6 +236,7 @@ pub(crate) struct Tally {
     regions: u64,
     memory_bytes: u64,
     pages_missing: u64,
+    pages: u64,
     missing_bytes: u64,
     installed_bytes: [u64; 5],
 }
@@ -245,6 +249,7 @@ impl Tally {
             regions: 0,
             memory_bytes: 0,
             pages_missing: 0,
+            pages: 0,
             missing_bytes: 0,
             installed_bytes: [0; 5],
         }
@@ -283,6 +288,7 @@ impl Tally {
         self.regions += end.regions;
         self.memory_bytes += end.memory_bytes;
         self.pages_missing += end.pages_missing;
+        self.pages += end.memory_bytes / end.page_bytes.max(1);
         self.missing_bytes += end.pages_missing * end.page_bytes;
         for (bytes, pages) in self.installed_bytes.iter_mut().zip(from.pages_installed()) {
             *bytes += pages * end.page_bytes;
@@ -326,6 +332,7 @@ impl Tally {
             reason,
             regions: self.regions,
             memory_bytes: self.memory_bytes,
+            page_bytes: self.memory_bytes / self.pages.max(1),
             faults: totals.faults,
             faults_vcpu: totals.faults_vcpu,
             faults_vmm: totals.faults_vmm,

@@ -50,6 +50,11 @@ pub(crate) struct MergeArgs {
     json: bool,
 }
 
+/// Which addresses are touched when, as SVG.
+pub(crate) fn picture(profile: &Profile, path: &std::path::Path) -> String {
+    show::svg(profile, &Summary::of(profile, path))
+}
+
 /// A profile in numbers.
 #[derive(Debug, Serialize)]
 struct Summary {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use vmpager_store::profile::Profile;
 
 use super::Summary;
-use crate::image::{share, shown, write_file};
+use crate::image::{share, write_file};
 use crate::{output, size};
 
 /// Options of `vmpager profile show`.
@@ -100,13 +100,13 @@ fn text(profile: &Profile, summary: &Summary) -> String {
 
 /// Each part of time and memory as a small square: the darker, the more pages were
 /// touched first then; blue in all sessions, red in some.
-fn svg(profile: &Profile, summary: &Summary) -> String {
+pub(super) fn svg(profile: &Profile, summary: &Summary) -> String {
     const SIDE: usize = 3;
     const TOP: usize = 60;
     let grid = Grid::of(profile, SVG_COLUMNS, SVG_ROWS);
     let most = grid.cells.iter().copied().max().unwrap_or(0);
     let (width, height) = (SVG_COLUMNS * SIDE + 20, SVG_ROWS * SIDE + TOP + 20);
-    let name = shown(summary.profile.as_ref()).replace('&', "&amp;").replace('<', "&lt;");
+    let name = output::escape(&summary.profile);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
          font-family=\"sans-serif\" font-size=\"12\">\n\

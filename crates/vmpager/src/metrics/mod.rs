@@ -16,6 +16,7 @@
 
 mod board;
 mod buckets;
+mod client;
 mod endpoint;
 mod page;
 mod request;
@@ -25,6 +26,7 @@ mod text;
 pub(crate) use self::board::{Board, Keeping};
 pub use self::buckets::STALL_BOUNDS_NS;
 pub(crate) use self::buckets::{SourceStats, counts};
+pub use self::client::LookError;
 pub use self::endpoint::{Endpoint, EndpointError};
 pub use self::page::{FillState, SessionNow, SessionsPage};
 pub(crate) use self::server::Server;
