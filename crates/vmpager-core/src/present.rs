@@ -84,9 +84,11 @@ impl<W: LoadWords> PresentBits<W> {
     }
 
     /// The page that holds a guest-physical address.
+    #[inline]
     pub fn page_at(&self, gpa: u64) -> Option<u64> {
         self.slots.iter().find_map(|slot| {
-            let offset = gpa.checked_sub(slot.gpa)? / slot.page_size;
+            // By a shift: to divide takes as long as all the rest.
+            let offset = gpa.checked_sub(slot.gpa)? >> slot.page_size.trailing_zeros();
             (offset < slot.pages).then(|| slot.first_page + offset)
         })
     }
