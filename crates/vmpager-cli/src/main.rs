@@ -7,6 +7,7 @@ mod doctor;
 mod image;
 mod output;
 mod profile;
+mod remote;
 mod report;
 mod restore;
 mod scratch;

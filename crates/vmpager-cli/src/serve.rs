@@ -27,6 +27,7 @@ use vmpager_store::image::{Image, MemoryInput};
 use vmpager_store::profile::{Profile, Recorder};
 
 use crate::image::{Parents, open_over};
+use crate::remote::{RemoteArgs, RemoteReport};
 use crate::{output, size};
 
 /// Options of `vmpager serve`.
@@ -38,6 +39,9 @@ use crate::{output, size};
     \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/vm/pager.sock\"}}'\n\n\
     vmpager serve --socket /run/vm/pager.sock --image /snap/mem.vmimg \\\n      \
     --profile /snap/mem.vmprof --record /snap/mem.vmprof\n\n\
+    An image at a server, and what was fetched of it kept for the next time:\n  \
+    vmpager serve --socket /run/vm/pager.sock --image http://images:8080/mem.vmimg \\\n      \
+    --cache /var/cache/vmpager --cache-size 20G\n\n\
     With a device back-end that takes part in the memory (docs/sharing.md):\n  \
     vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --attach /run/vm/doors &\n  \
     vmpager vm restore --state /snap/vmstate --memory /snap/mem \\\n    \
@@ -61,7 +65,8 @@ pub(crate) struct ServeArgs {
     /// The memory file of the snapshot.
     #[arg(long, value_name = "FILE", required_unless_present = "image")]
     pub(crate) memory: Option<PathBuf>,
-    /// A packed image of the memory instead (`vmpager image pack`).
+    /// A packed image of the memory instead (`vmpager image pack`): a file, or an
+    /// `http://` URL at a server of ranges (docs/remote.md).
     #[arg(long, value_name = "IMAGE", conflicts_with = "memory")]
     pub(crate) image: Option<PathBuf>,
     #[command(flatten)]
@@ -71,6 +76,8 @@ pub(crate) struct ServeArgs {
     /// [default: 8 MiB, for neighbours of pages only].
     #[arg(long, value_name = "SIZE", requires = "image", value_parser = size::parse)]
     pub(crate) image_cache: Option<u64>,
+    #[command(flatten)]
+    pub(crate) remote: RemoteArgs,
     /// Bring in what this profile says first, while the VM runs (`vmpager profile
     /// record`). One that proves wrong is given up.
     #[arg(long, value_name = "PROFILE")]
@@ -168,6 +175,9 @@ pub(crate) struct ServeReport {
     pub(crate) ended: u64,
     /// The most memory this process was resident with so far, in bytes.
     pub(crate) peak_rss_bytes: Option<u64>,
+    /// What was asked of servers, if the image is at one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) remote: Option<RemoteReport>,
     /// The latest sessions that have ended, oldest first.
     pub(crate) sessions: VecDeque<SessionSummary>,
 }
@@ -284,10 +294,12 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
             }
         }
         report.peak_rss_bytes = peak_rss();
+        report.remote = memory.remote_numbers().map(RemoteReport::from);
         if let Err(error) = keep_metrics(args, &report) {
             error!("{error:#}");
         }
     })?;
+    report.remote = memory.remote_numbers().map(RemoteReport::from);
     Ok(report)
 }
 
@@ -353,7 +365,7 @@ fn open(args: &ServeArgs, held: &[OwnedFd]) -> anyhow::Result<(Arc<dyn PageSourc
     let mut paths = args.source_paths().zip(0..).map(|(path, at)| as_held(path, held.get(at)));
     let first = paths.next().context("give the memory with --memory or --image")?;
     if args.image.is_some() {
-        let mut options = Image::options();
+        let mut options = Image::options().remote(args.remote.options());
         if let Some(bytes) = args.image_cache {
             options = options.cache_bytes(usize::try_from(bytes)?).for_many(true);
         }

@@ -23,6 +23,7 @@ pub mod profile;
 mod queue;
 pub mod raw_file;
 mod readahead;
+pub mod remote;
 mod threads;
 
 pub use faulty::FaultySource;

@@ -1,6 +1,8 @@
 //! What the tests of all crates share.
 #![forbid(unsafe_code)]
 
+pub mod http;
+
 use std::io::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -18,7 +18,9 @@ use vmpager::{NeighbourPolicy, Pager};
 use vmpager_store::FaultySource;
 use vmpager_store::faulty::Times;
 use vmpager_store::image::{Codec, Image, MemoryInput, PackOptions, Progress};
+use vmpager_store::remote::RemoteOptions;
 use vmpager_sys::memory::Mapping;
+use vmpager_testing::http::{Fault, Request, Server};
 
 const LIMIT: Duration = Duration::from_secs(20);
 /// Five huge pages.
@@ -257,4 +259,75 @@ fn fifty_vms_of_one_image_cost_one_decode() {
         assert_pages(&memories[7], expected);
     }
     assert_eq!(image.decoded_bytes(), stored, "of so many distinct ones");
+}
+
+/// What goes wrong with a request, half of the time.
+fn now_and_then(request: &Request) -> Option<Fault> {
+    match (request.number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) % 10 {
+        0 => Some(Fault::Cut(3000)),
+        1 => Some(Fault::Reset(20_000)),
+        2 => Some(Fault::Close),
+        3 => Some(Fault::Status(503, None)),
+        4 => Some(Fault::IgnoreRange),
+        _ => None,
+    }
+}
+
+/// A VM's memory comes from a server that fails in all ways now and then, and from the
+/// cache of what was fetched before, by threads that touch it in an order that jumps,
+/// and by the fill.
+#[test]
+fn every_byte_is_right_that_comes_from_a_server_that_fails() {
+    begin!();
+    let images = Images::new();
+    let server = Server::new();
+    let first = |page| if page % 13 == 0 { Holds::Word(77) } else { expected(page) };
+    let base = images.make(Codec::Lz4);
+    let layer = images.layer(&base, "layer", first);
+    for path in [&base, &layer] {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        server.put(name, std::fs::read(path).unwrap(), Some("\"1\""));
+    }
+    for fill in [false, true, true] {
+        let remote = RemoteOptions::default().cache(images.0.path().join("cache"), 1 << 30);
+        server.script(|_| None);
+        let image = Image::options().remote(remote).open(server.url("layer")).unwrap();
+        server.script(now_and_then);
+        let memory = mapping(PAGES);
+        let pager = start(image, &memory, fill);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| assert_pages(&memory, first));
+            }
+        });
+        assert!(!fill || pager.wait_filled(LIMIT));
+        assert_eq!(pager.stats().pages_poisoned, 0);
+        assert_pages(&memory, first);
+    }
+}
+
+/// Pages that a server does not send are waited for, or poisoned: never made up.
+#[test]
+fn pages_that_a_server_refuses_are_poisoned_and_no_others() {
+    begin!();
+    let images = Images::new();
+    let (server, path) = (Server::new(), images.make(Codec::None));
+    let bytes = std::fs::read(&path).unwrap();
+    let far = bytes.len() as u64 / 2;
+    server.put("image", bytes, Some("\"1\""));
+    server.script(move |request| {
+        let beyond = request.range.as_ref().is_some_and(|range| range.end > far);
+        (request.number >= 2 && beyond).then_some(Fault::Status(403, None))
+    });
+    let remote = RemoteOptions::default().patience(Duration::from_millis(50));
+    let image = Image::options().remote(remote).open(server.url("image")).unwrap();
+    let memory = mapping(PAGES);
+    let pager = start(image, &memory, false);
+    // The first half of the pages is in the first half of the image.
+    for at in (0..PAGES / 3).step_by(7) {
+        assert_eq!(page(&memory, at * PAGE), expected(at), "page {at}");
+    }
+    let last = (0..PAGES).rev().find(|at| matches!(expected(*at), Holds::Source(_))).unwrap();
+    assert!(page_by_kernel(&memory, last * PAGE).is_err(), "a page that is refused");
+    assert!(pager.stats().pages_poisoned > 0);
 }

@@ -7,6 +7,7 @@ use vmpager_store::profile::Profile;
 
 use super::Summary;
 use crate::image::{Parents, shown};
+use crate::remote::RemoteArgs;
 use crate::serve::{Prefetch, ServeArgs, serve};
 
 /// Options of `vmpager profile record`.
@@ -47,6 +48,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         image: args.image.clone(),
         parents: args.parents.clone(),
         image_cache: None,
+        remote: RemoteArgs::default(),
         profile: None,
         record: Some(args.output.clone()),
         background_fill: false,

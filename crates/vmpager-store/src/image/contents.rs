@@ -1,14 +1,16 @@
 //! The contents of an image and of the layers below it, as one memory.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vmpager_core::{ByteRange, SourceError};
+use vmpager_core::{ByteRange, Priority, SourceError};
 
 use super::PAGE_BYTES;
 use crate::PAGE;
 use crate::readahead;
+use crate::remote::{FetchFailed, Fetcher, Frames, Problem};
 
 use super::cache::{Decoded, FrameCache, Lookup};
 use super::codec::Decoder;
@@ -22,11 +24,14 @@ pub(crate) struct Tools {
     decoder: Decoder,
     packed: Vec<u8>,
     free: Vec<u8>,
+    /// What has come from servers for the next read.
+    pub(crate) fetched: Frames,
 }
 
 impl Tools {
     pub(crate) fn new() -> Self {
-        Self { decoder: Decoder::new(), packed: Vec::new(), free: Vec::new() }
+        let (packed, free) = (Vec::new(), Vec::new());
+        Self { decoder: Decoder::new(), packed, free, fetched: Frames::new() }
     }
 }
 
@@ -63,6 +68,8 @@ pub(crate) struct Contents {
     pub(crate) for_many: bool,
     /// Bytes of frames decoded so far.
     pub(crate) decoded: AtomicU64,
+    /// Gets the frames of layers that are at servers, if there are any.
+    pub(crate) fetcher: Option<Fetcher>,
 }
 
 /// Stored pages that lie in one frame.
@@ -73,6 +80,13 @@ struct Part {
     frame: u32,
     first_page: u32,
     pages: u32,
+}
+
+impl Part {
+    /// Its frame's number among those of all layers.
+    fn number(&self, contents: &Contents) -> u32 {
+        contents.layers[self.layer].first_frame + self.frame
+    }
 }
 
 impl Contents {
@@ -99,7 +113,22 @@ impl Contents {
             let range = ByteRange::new(u64::from(pages.start) * PAGE, pages.len() as u64 * PAGE);
             return Err(SourceError::Truncated { name, range, len });
         }
-        let (mut wait, mut at) = (wait, 0);
+        if wait == Wait::May {
+            self.fetch(&pages, tools)?;
+        }
+        let result = self.read_spans(pages, wait, tools, to);
+        tools.fetched.clear();
+        result
+    }
+
+    fn read_spans(
+        &self,
+        pages: Range<u32>,
+        mut wait: Wait,
+        tools: &mut Tools,
+        to: &mut [u8],
+    ) -> Result<bool, SourceError> {
+        let mut at = 0;
         for span in self.index.spans_of(pages) {
             let bytes = span.count as usize * PAGE_BYTES;
             let to = &mut to[at..at + bytes];
@@ -132,25 +161,102 @@ impl Contents {
         Ok(true)
     }
 
-    /// Has the frames of these pages fetched into the page cache.
+    /// The parts of frames that pages are in.
+    fn parts(&self, pages: Range<u32>) -> impl Iterator<Item = Part> {
+        self.index.spans_of(pages).flat_map(move |span| {
+            let mut left = match span.kind {
+                Kind::Stored(first) => first..first + span.count,
+                _ => 0..0,
+            };
+            std::iter::from_fn(move || {
+                let part =
+                    (!left.is_empty()).then(|| self.part(left.start, left.end - left.start))?;
+                left.start += part.pages;
+                Some(part)
+            })
+        })
+    }
+
+    /// Has the frames of these pages fetched: from files into the page cache, from
+    /// servers into memory.
     pub(crate) fn will_need(&self, runs: impl Iterator<Item = Range<u32>>) {
         let mut frames: Vec<Vec<ByteRange>> = vec![Vec::new(); self.layers.len()];
-        for span in runs.flat_map(|pages| self.index.spans_of(pages)) {
-            let Kind::Stored(first) = span.kind else { continue };
-            let mut done = 0;
-            while done < span.count {
-                let part = self.part(first + done, span.count - done);
-                let number = self.layers[part.layer].first_frame + part.frame;
-                let record = self.layers[part.layer].layer.frames[part.frame as usize];
-                if !self.cache.has(number) {
-                    frames[part.layer].push(ByteRange::new(record.offset, record.len.into()));
-                }
-                done += part.pages;
+        let mut remote = Vec::new();
+        for part in runs.flat_map(|pages| self.parts(pages)) {
+            let number = part.number(self);
+            if self.cache.has(number) {
+                continue;
+            }
+            let record = self.layers[part.layer].layer.frames[part.frame as usize];
+            match self.fetcher_of(number) {
+                Some(_) => remote.push(number),
+                None => frames[part.layer].push(ByteRange::new(record.offset, record.len.into())),
             }
         }
         for (placed, frames) in self.layers.iter().zip(frames) {
-            readahead::fetch(placed.layer.file(), frames.into_iter());
+            if let Some(file) = placed.layer.storage.file() {
+                readahead::fetch(file, frames.into_iter());
+            }
         }
+        if let Some(fetcher) = &self.fetcher {
+            fetcher.will_need(remote.into_iter());
+        }
+    }
+
+    /// What gets a frame from a server, if that is where it is.
+    fn fetcher_of(&self, frame: u32) -> Option<&Fetcher> {
+        self.fetcher.as_ref().filter(|fetcher| fetcher.has(frame))
+    }
+
+    /// The frames that must be fetched from servers before pages can be read; those
+    /// that are at hand are put among the tools. Waits for the disk.
+    pub(crate) fn missing(&self, pages: &Range<u32>, tools: &mut Tools) -> Vec<u32> {
+        let mut missing = Vec::new();
+        if self.fetcher.is_none() {
+            return missing;
+        }
+        for part in self.parts(pages.clone()) {
+            let number = part.number(self);
+            let Some(fetcher) = self.fetcher_of(number) else { continue };
+            if tools.fetched.contains_key(&number) || self.cache.has(number) {
+                continue;
+            }
+            match fetcher.at_hand(number, true) {
+                Some(packed) => {
+                    tools.fetched.insert(number, packed);
+                }
+                None => missing.push(number),
+            }
+        }
+        missing.sort_unstable();
+        missing.dedup();
+        missing
+    }
+
+    /// Fetches what pages need, and waits for it.
+    fn fetch(&self, pages: &Range<u32>, tools: &mut Tools) -> Result<(), SourceError> {
+        let missing = self.missing(pages, tools);
+        let Some(fetcher) = self.fetcher.as_ref().filter(|_| !missing.is_empty()) else {
+            return Ok(());
+        };
+        let frames = fetcher.fetch(&missing, Priority::Fill);
+        tools.fetched.extend(frames.map_err(|failed| self.not_fetched(failed, pages))?);
+        Ok(())
+    }
+
+    /// Somebody waits for pages that are being fetched.
+    pub(crate) fn promote(&self, pages: Range<u32>, priority: Priority) {
+        if let Some(fetcher) = &self.fetcher {
+            let numbers = self.parts(pages).map(|part| part.number(self));
+            fetcher.promote(numbers.filter(|number| fetcher.has(*number)), priority);
+        }
+    }
+
+    /// Why pages cannot be had, a frame of which could not be fetched.
+    pub(crate) fn not_fetched(&self, failed: FetchFailed, pages: &Range<u32>) -> SourceError {
+        let below = self.layers.partition_point(|placed| placed.first_frame <= failed.frame);
+        let range = ByteRange::new(u64::from(pages.start) * PAGE, pages.len() as u64 * PAGE);
+        self.failed(below.saturating_sub(1), range, failed.into())
     }
 
     /// The layer that has a stored page.
@@ -183,8 +289,9 @@ impl Contents {
     ) -> Result<bool, FrameError> {
         let Placed { layer, first_frame, .. } = &self.layers[part.layer];
         let number = first_frame + part.frame;
+        let may_wait = *wait == Wait::May;
         let from = part.first_page as usize * PAGE_BYTES;
-        let _turn = match self.cache.look(number, *wait == Wait::May) {
+        let _turn = match self.cache.look(number, may_wait) {
             Lookup::Here(decoded) => {
                 to.copy_from_slice(&decoded[from..from + to.len()]);
                 return Ok(true);
@@ -197,7 +304,11 @@ impl Contents {
             let Some(left) = budget.checked_sub(raw) else { return Ok(false) };
             *budget = left;
         }
-        if !layer.load(part.frame, *wait == Wait::May, &mut tools.packed)? {
+        let loaded = match self.fetcher_of(number) {
+            Some(fetcher) => take(fetcher, number, may_wait, tools)?,
+            None => layer.load(part.frame, may_wait, &mut tools.packed)?,
+        };
+        if !loaded {
             return Ok(false);
         }
         self.decoded.fetch_add(raw as u64, Ordering::Relaxed);
@@ -222,7 +333,7 @@ impl Contents {
         match error {
             FrameError::Io(error) => SourceError::Io { name, range, error: Arc::new(error) },
             FrameError::Truncated => {
-                let len = layer.file().metadata().map_or(0, |metadata| metadata.len());
+                let len = layer.storage.len().unwrap_or(0);
                 SourceError::Damaged {
                     name,
                     range,
@@ -231,6 +342,35 @@ impl Contents {
                 }
             }
             FrameError::Damaged(what) => SourceError::Damaged { name, range, what: what.into() },
+            FrameError::Changed => SourceError::Changed { name },
+        }
+    }
+}
+
+/// Takes a frame of a server's that has come, or is at hand. It is fetched only if it
+/// was thrown out of a cache since that was looked at. Whether it is there.
+fn take(
+    fetcher: &Fetcher,
+    frame: u32,
+    may_wait: bool,
+    tools: &mut Tools,
+) -> Result<bool, FrameError> {
+    let mut packed = tools.fetched.remove(&frame).or_else(|| fetcher.at_hand(frame, may_wait));
+    if packed.is_none() && may_wait {
+        packed = fetcher.fetch(&[frame], Priority::Demand)?.remove(&frame);
+    }
+    let Some(packed) = packed else { return Ok(false) };
+    tools.packed.clear();
+    tools.packed.extend_from_slice(&packed);
+    Ok(true)
+}
+
+impl From<FetchFailed> for FrameError {
+    fn from(failed: FetchFailed) -> Self {
+        match failed.error.problem {
+            Problem::Changed { .. } => Self::Changed,
+            damaged @ Problem::Damaged { .. } => Self::Damaged(damaged.to_string()),
+            problem => Self::Io(io::Error::other(problem)),
         }
     }
 }

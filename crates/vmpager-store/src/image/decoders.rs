@@ -1,5 +1,6 @@
 //! Threads that read and decode in the background, shared by all readers of an
-//! image; the most urgent read goes first.
+//! image; the most urgent read goes first. They wait for no server: a read whose
+//! frames are at one comes back when these are here.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,6 +11,7 @@ use vmpager_core::{Priority, ReadId, SourceError};
 
 use crate::doorbell::Doorbell;
 use crate::queue::ReadQueue;
+use crate::remote::{Fetcher, Frames};
 
 use super::contents::{Contents, Tools, Wait};
 
@@ -28,6 +30,8 @@ pub(crate) struct Job {
     pub(crate) pages: Range<u32>,
     /// As long as the pages are.
     pub(crate) buf: Vec<u8>,
+    /// What has come from servers for it.
+    pub(crate) fetched: Frames,
 }
 
 /// A read that has ended.
@@ -66,6 +70,22 @@ struct Outbox {
     gone: AtomicBool,
 }
 
+impl Outbox {
+    fn end(&self, decoded: Decoded) {
+        lock(&self.ended).push(decoded);
+        self.bell.ring();
+    }
+}
+
+/// A read that is being worked on.
+#[derive(Debug)]
+struct Taken {
+    key: (u64, ReadId),
+    priority: Priority,
+    job: Job,
+    outbox: Arc<Outbox>,
+}
+
 impl Decoders {
     pub(crate) fn spawn(contents: &Arc<Contents>) -> io::Result<Self> {
         let queue = Mutex::new(Queue { jobs: ReadQueue::new(), closed: false });
@@ -99,26 +119,57 @@ impl Drop for Decoders {
 }
 
 impl Shared {
-    fn serve(&self) {
+    fn serve(self: &Arc<Self>) {
         let mut tools = Tools::new();
-        while let Some((id, Job { pages, mut buf }, outbox)) = self.next() {
-            if outbox.gone.load(Ordering::Relaxed) {
+        while let Some(mut taken) = self.next() {
+            if taken.outbox.gone.load(Ordering::Relaxed) {
                 continue;
             }
+            tools.fetched = std::mem::take(&mut taken.job.fetched);
+            let missing = self.contents.missing(&taken.job.pages, &mut tools);
+            if let (Some(fetcher), false) = (&self.contents.fetcher, missing.is_empty()) {
+                taken.job.fetched = std::mem::take(&mut tools.fetched);
+                self.fetch_first(fetcher, &missing, taken);
+                continue;
+            }
+            let Taken { key: (_, id), job: Job { pages, mut buf, .. }, outbox, .. } = taken;
             let result = self.contents.read(pages, Wait::May, &mut tools, &mut buf).map(|_| ());
-            lock(&outbox.ended).push(Decoded { id, result, buf });
-            outbox.bell.ring();
+            outbox.end(Decoded { id, result, buf });
         }
     }
 
-    fn next(&self) -> Option<(ReadId, Job, Arc<Outbox>)> {
+    /// Has frames fetched, upon which the read takes its turn once more.
+    fn fetch_first(self: &Arc<Self>, fetcher: &Fetcher, frames: &[u32], mut taken: Taken) {
+        let shared = Arc::downgrade(self);
+        fetcher.want(frames, taken.priority, move |result| {
+            let Some(shared) = shared.upgrade() else { return };
+            match result {
+                Ok(frames) => {
+                    taken.job.fetched.extend(frames);
+                    shared.push(taken);
+                }
+                Err(failed) => {
+                    let Taken { key: (_, id), job: Job { pages, buf, .. }, outbox, .. } = taken;
+                    let result = Err(shared.contents.not_fetched(failed, &pages));
+                    outbox.end(Decoded { id, result, buf });
+                }
+            }
+        });
+    }
+
+    fn push(&self, Taken { key, priority, job, outbox }: Taken) {
+        lock(&self.queue).jobs.push(key, priority, (job, outbox));
+        self.work.notify_one();
+    }
+
+    fn next(&self) -> Option<Taken> {
         let mut queue = lock(&self.queue);
         loop {
             if queue.closed {
                 return None;
             }
-            if let Some(((_, id), _, (job, outbox))) = queue.jobs.pop() {
-                return Some((id, job, outbox));
+            if let Some((key, priority, (job, outbox))) = queue.jobs.pop() {
+                return Some(Taken { key, priority, job, outbox });
             }
             queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
@@ -135,10 +186,8 @@ pub(crate) struct DecodeClient {
 
 impl DecodeClient {
     pub(crate) fn start(&self, id: ReadId, priority: Priority, job: Job) {
-        let shared = &self.decoders.shared;
-        let job = (job, Arc::clone(&self.outbox));
-        lock(&shared.queue).jobs.push((self.id, id), priority, job);
-        shared.work.notify_one();
+        let (key, outbox) = ((self.id, id), Arc::clone(&self.outbox));
+        self.decoders.shared.push(Taken { key, priority, job, outbox });
     }
 
     pub(crate) fn promote(&self, id: ReadId, priority: Priority) {

@@ -113,6 +113,9 @@ pub enum ImageError {
         /// The output.
         path: PathBuf,
     },
+    /// An image at a server cannot be had.
+    #[error(transparent)]
+    Remote(#[from] crate::remote::RemoteError),
     /// A raw memory file cannot be opened.
     #[error(transparent)]
     Raw(#[from] crate::OpenError),

@@ -12,6 +12,7 @@ use vmpager_core::ByteRange;
 use crate::PAGE;
 use crate::profile::MemoryIdentity;
 use crate::raw_file::{Holes, Identity, open_raw};
+use crate::remote::RemoteNumbers;
 
 use super::contents::{Tools, Wait};
 use super::error::ImageError;
@@ -56,6 +57,14 @@ impl MemoryInput {
         match &self.0 {
             Input::Raw { path, .. } => path,
             Input::Image(image) => image.path(),
+        }
+    }
+
+    /// What was asked of servers so far, if it is an image at one.
+    pub fn remote_numbers(&self) -> Option<RemoteNumbers> {
+        match &self.0 {
+            Input::Raw { .. } => None,
+            Input::Image(image) => image.remote_numbers(),
         }
     }
 

@@ -1,13 +1,13 @@
 //! One image file: its records, read once and checked, and its frames, read and
 //! checked each time.
 
-use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::io::{Errno, ReadWriteFlags};
+#[cfg(test)]
+use rustix::io::Errno;
 
 use super::PAGE_BYTES;
 use crate::PAGE;
@@ -20,6 +20,7 @@ use super::layout::{
     self, FRAME_BYTES, FrameRecord, HEADER_BYTES, Header, ImageRecord, RUN_BYTES, Run,
     SECTION_BYTES, Section, TRAILER_BYTES, Trailer,
 };
+use super::storage::{Source, Storage};
 
 /// Longest record of an image, with fields that may come later.
 const MAX_RECORD: u64 = 4096;
@@ -36,10 +37,10 @@ pub(crate) struct ParentRef {
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) path: PathBuf,
-    file: File,
+    pub(crate) storage: Storage,
     pub(crate) file_bytes: u64,
     pub(crate) record: ImageRecord,
-    pub(crate) frames: Vec<FrameRecord>,
+    pub(crate) frames: Arc<[FrameRecord]>,
     pub(crate) parent: Option<ParentRef>,
     /// Sections, those nobody reads among them.
     pub(crate) sections: Vec<Section>,
@@ -51,31 +52,38 @@ pub(crate) struct Layer {
 }
 
 /// Why a frame's pages cannot be had.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub(crate) enum FrameError {
+    #[error(transparent)]
     Io(io::Error),
     /// The file ends before the frame does.
+    #[error("the file ends before")]
     Truncated,
     /// Its bytes are not those that were written.
+    #[error("{0}")]
     Damaged(String),
+    /// It is not the object that was opened any more.
+    #[error("it is another one by now")]
+    Changed,
 }
 
 impl Layer {
     /// Reads and checks all of a file but its frames.
-    pub(crate) fn open(path: &Path, file: File) -> Result<(Self, PageIndex), ImageError> {
-        let file_bytes = file.metadata().map_err(ImageError::io("read", path))?.len();
-        let parts = Parts { path, file: &file, file_bytes };
+    pub(crate) fn open(path: &Path, mut source: Source) -> Result<(Self, PageIndex), ImageError> {
+        let file_bytes = source.len(path)?;
+        let parts = Parts { path, source: &source, file_bytes };
         parts.check_header()?;
         let (sections, directory) = parts.directory()?;
+        source.index_begins(index_begins(&sections, &directory))?;
+        let parts = Parts { path, source: &source, file_bytes };
         let record = ImageRecord::parse(&parts.section(&sections, layout::IMAGE, MAX_RECORD)?)
             .map_err(|why| parts.damaged(why))?;
-        let frames = parts.frames(&sections, &record, directory.start)?;
+        let frames = parts.frames(&sections, &record, directory.start)?.into();
         let parent = parts.parent(&sections)?;
         let index = parts.index(&sections, &record, parent.is_some())?;
-        let path = path.to_owned();
         let layer = Self {
-            path,
-            file,
+            path: path.to_owned(),
+            storage: source.into_storage(),
             file_bytes,
             record,
             frames,
@@ -88,18 +96,14 @@ impl Layer {
         Ok((layer, index))
     }
 
-    pub(crate) fn file(&self) -> &File {
-        &self.file
-    }
-
     /// The checksum of some bytes of the file.
     pub(crate) fn checksum(&self, bytes: Range<u64>) -> Result<u32, ImageError> {
         let (mut crc, mut at) = (0, bytes.start);
-        let mut piece = vec![0; 64 << 10];
+        let mut piece = vec![0; self.storage.piece_bytes()];
         while at < bytes.end {
             let len = piece.len().min(to_usize(bytes.end - at));
             let part = &mut piece[..len];
-            self.file.read_exact_at(part, at).map_err(ImageError::io("read", &self.path))?;
+            self.storage.read_exact_at(part, at).map_err(ImageError::io("read", &self.path))?;
             crc = crc32c::crc32c_append(crc, part);
             at += len as u64;
         }
@@ -128,22 +132,50 @@ impl Layer {
             self.fails.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
             return Err(FrameError::Io(Errno::IO.into()));
         }
-        if wait {
-            return match self.file.read_exact_at(packed, offset) {
-                Ok(()) => Ok(true),
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    Err(FrameError::Truncated)
-                }
-                Err(error) => Err(FrameError::Io(error)),
-            };
+        if !wait {
+            return self.storage.try_read_at(packed, offset).map_err(FrameError::Io);
         }
-        let mut bufs = [IoSliceMut::new(packed)];
-        match rustix::io::preadv2(&self.file, &mut bufs, offset, ReadWriteFlags::NOWAIT) {
-            // What is missing may not be at hand, or not there at all.
-            Ok(count) => Ok(count == len as usize),
-            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => Ok(false),
-            Err(error) => Err(FrameError::Io(error.into())),
+        self.load_together(&(frame..frame + 1), packed).map(|()| true)
+    }
+
+    /// Reads frames as they are stored, and what lies between them.
+    pub(crate) fn load_together(
+        &self,
+        frames: &Range<u32>,
+        packed: &mut Vec<u8>,
+    ) -> Result<(), FrameError> {
+        let start = self.frames[frames.start as usize].offset;
+        packed.resize(to_usize(self.frames[frames.end as usize - 1].end() - start), 0);
+        match self.storage.read_exact_at(packed, start) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(FrameError::Truncated)
+            }
+            result => result.map_err(FrameError::Io),
         }
+    }
+
+    /// Where a frame is among the bytes of several that were loaded together.
+    pub(crate) fn within(&self, frames: &Range<u32>, frame: u32) -> Range<usize> {
+        let FrameRecord { offset, len, .. } = self.frames[frame as usize];
+        let from = to_usize(offset - self.frames[frames.start as usize].offset);
+        from..from + len as usize
+    }
+
+    /// All frames, as many together as make sense to read at a time.
+    pub(crate) fn batches(&self) -> impl Iterator<Item = Range<u32>> {
+        let (mut next, count) = (0, self.frames.len());
+        // From a file each by itself: what is wrong is wrong with that one.
+        let most = self.storage.object().map_or(0, |_| self.storage.piece_bytes() as u64);
+        std::iter::from_fn(move || {
+            let first = next;
+            let start = self.frames.get(first)?.offset;
+            next += 1;
+            while next < count && self.frames[next].end() - start <= most {
+                next += 1;
+            }
+            // An image has fewer frames than 32 bits count.
+            Some(u32::try_from(first).ok()?..u32::try_from(next).ok()?)
+        })
     }
 
     /// Checks a frame's bytes, then decodes them. `raw` has
@@ -174,8 +206,14 @@ impl Layer {
 /// The parts of a file, on their way to be a [`Layer`].
 struct Parts<'a> {
     path: &'a Path,
-    file: &'a File,
+    source: &'a Source,
     file_bytes: u64,
+}
+
+/// Where the sections begin that a reader needs.
+fn index_begins(sections: &[Section], directory: &Range<u64>) -> u64 {
+    let needed = sections.iter().filter(|section| layout::KNOWN.contains(&section.kind));
+    needed.map(|section| section.offset).min().unwrap_or(directory.start)
 }
 
 impl Parts<'_> {
@@ -188,7 +226,7 @@ impl Parts<'_> {
     }
 
     fn read(&self, bytes: &mut [u8], offset: u64) -> Result<(), ImageError> {
-        self.file.read_exact_at(bytes, offset).map_err(ImageError::io("read", self.path))
+        self.source.read(bytes, offset, self.path)
     }
 
     fn check_header(&self) -> Result<(), ImageError> {
@@ -252,8 +290,7 @@ impl Parts<'_> {
                 section.offset
             )));
         }
-        let known = [layout::IMAGE, layout::FRAMES, layout::PAGES, layout::PARENT_OF];
-        if section.flags & layout::REQUIRED != 0 && !known.contains(&section.kind) {
+        if section.flags & layout::REQUIRED != 0 && !layout::KNOWN.contains(&section.kind) {
             return Err(ImageError::UnknownFeature {
                 path: self.path.to_owned(),
                 kind: section.name(),

@@ -40,6 +40,9 @@ pub(crate) const FRAMES: [u8; 4] = *b"FRMS";
 pub(crate) const PAGES: [u8; 4] = *b"PMAP";
 pub(crate) const PARENT_OF: [u8; 4] = *b"PRNT";
 
+/// Those that are read.
+pub(crate) const KNOWN: [[u8; 4]; 4] = [IMAGE, FRAMES, PAGES, PARENT_OF];
+
 /// Flag of a section without which the image cannot be read right.
 pub(crate) const REQUIRED: u32 = 1;
 

@@ -14,7 +14,7 @@
 //! | `codec` | how frames are compressed |
 //! | `index` | which page is which stored page |
 //! | `identity` | what contents are called |
-//! | `layer` | one file |
+//! | `layer`, `storage` | one file, or object at a server |
 //! | `contents`, `cache` | all layers as one memory |
 //! | `reader`, `decoders` | the [`PageSource`](vmpager_core::PageSource) |
 //! | `pack`, `unpack`, `verify`, `inspect` | what is done with images |
@@ -34,13 +34,13 @@ mod output;
 mod pack;
 mod parallel;
 mod reader;
+mod storage;
 mod unpack;
 mod verify;
 
 use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -48,7 +48,9 @@ use std::sync::{Arc, Mutex};
 use vmpager_core::{ByteRange, SourceError};
 
 use crate::PAGE;
-use crate::raw_file::open_at_once;
+use crate::remote::{
+    CacheDir, Fetcher, Problem, Remote, RemoteError, RemoteNumbers, RemoteOptions,
+};
 
 use self::cache::FrameCache;
 use self::contents::{Contents, Placed, Tools, Wait};
@@ -56,6 +58,9 @@ use self::decoders::Decoders;
 use self::index::PageIndex;
 use self::layer::{Layer, ParentRef};
 use self::layout::MAX_STORED;
+use self::storage::{Opened, Place};
+
+pub(crate) use self::layout::FrameRecord;
 
 pub use self::codec::Codec;
 pub use self::error::ImageError;
@@ -83,11 +88,13 @@ pub struct ImageOptions {
     parents: Vec<PathBuf>,
     cache_bytes: usize,
     for_many: bool,
+    remote: RemoteOptions,
 }
 
 impl Default for ImageOptions {
     fn default() -> Self {
-        Self { parents: Vec::new(), cache_bytes: 8 << 20, for_many: false }
+        let remote = RemoteOptions::default();
+        Self { parents: Vec::new(), cache_bytes: 8 << 20, for_many: false, remote }
     }
 }
 
@@ -117,14 +124,22 @@ impl ImageOptions {
         self
     }
 
-    /// Opens an image and the layers below it.
+    /// How to read layers that are at servers.
+    #[must_use]
+    pub fn remote(mut self, remote: RemoteOptions) -> Self {
+        self.remote = remote;
+        self
+    }
+
+    /// Opens an image and the layers below it. What begins with `http://` is at a
+    /// server.
     ///
     /// # Errors
     ///
     /// See [`ImageError`].
     pub fn open(self, path: impl AsRef<Path>) -> Result<Arc<Image>, ImageError> {
-        let path = path.as_ref();
-        self.open_file(open_file(path)?, path)
+        let opened = Opened::open(path.as_ref(), &self.remote)?;
+        self.open_top(opened)
     }
 
     /// Opens an image that is open already. `path` is what it is called, and where
@@ -134,8 +149,14 @@ impl ImageOptions {
     ///
     /// See [`ImageError`].
     pub fn open_file(self, file: File, path: &Path) -> Result<Arc<Image>, ImageError> {
-        let mut seen = HashSet::from([identity_of(&file, path)?]);
-        let mut chain = vec![Layer::open(path, file)?];
+        let opened = Opened::file(file, path)?;
+        self.open_top(opened)
+    }
+
+    fn open_top(self, top: Opened) -> Result<Arc<Image>, ImageError> {
+        let mut seen = HashSet::from([top.place]);
+        let path = top.path;
+        let mut chain = vec![Layer::open(&path, top.source)?];
         while let Some((layer, _)) = chain.last()
             && let Some(parent) = &layer.parent
         {
@@ -143,7 +164,25 @@ impl ImageOptions {
             chain.push(below);
         }
         chain.reverse();
-        Ok(Arc::new(Image::join(path, chain, &self)?))
+        Ok(Arc::new(Image::join(&path, chain, &self)?))
+    }
+
+    /// What is beside a layer under the name that the layer below had.
+    fn beside(&self, layer: &Layer, name: &str) -> Result<Option<Opened>, ImageError> {
+        if name.is_empty() {
+            return Ok(None);
+        }
+        if let Some(object) = layer.storage.object() {
+            let Some(url) = object.url().beside(name) else { return Ok(None) };
+            return match Opened::remote(url, &self.remote) {
+                Err(ImageError::Remote(RemoteError {
+                    problem: Problem::Missing { .. }, ..
+                })) => Ok(None),
+                opened => opened.map(Some),
+            };
+        }
+        let path = layer.path.with_file_name(name);
+        path.exists().then(|| Opened::open(&path, &self.remote)).transpose()
     }
 
     /// Opens the layer below one.
@@ -151,28 +190,27 @@ impl ImageOptions {
         &self,
         layer: &Layer,
         wanted: &ParentRef,
-        seen: &mut HashSet<(u64, u64)>,
+        seen: &mut HashSet<Place>,
     ) -> Result<(Layer, PageIndex), ImageError> {
         let path = || layer.path.clone();
-        let beside = Some(layer.path.with_file_name(&wanted.name))
-            .filter(|beside| !wanted.name.is_empty() && beside.exists());
+        let given = self.parents.iter().map(|path| Opened::open(path, &self.remote).map(Some));
+        let candidates = given.chain(std::iter::once_with(|| self.beside(layer, &wanted.name)));
         let mut why_not = None;
-        for candidate in self.parents.iter().chain(&beside) {
-            let file = open_file(candidate)?;
-            let identity = identity_of(&file, candidate)?;
-            let (below, index) = Layer::open(candidate, file)?;
+        for candidate in candidates.filter_map(Result::transpose) {
+            let Opened { path: candidate, place, source } = candidate?;
+            let (below, index) = Layer::open(&candidate, source)?;
             let found = ContentId(below.record.content);
             if found != wanted.content || below.record.memory_bytes != layer.record.memory_bytes {
                 why_not.get_or_insert(ImageError::WrongParent {
                     path: path(),
-                    parent: candidate.clone(),
+                    parent: candidate,
                     wanted: wanted.content,
                     found,
                 });
-            } else if seen.insert(identity) {
+            } else if seen.insert(place) {
                 return Ok((below, index));
             } else {
-                why_not = Some(ImageError::Circle { path: candidate.clone() });
+                why_not = Some(ImageError::Circle { path: candidate });
             }
         }
         Err(why_not.unwrap_or_else(|| ImageError::NoParent {
@@ -234,6 +272,7 @@ impl Image {
             layers.push(Placed { layer, first_stored, first_frame });
         }
         let least = 16 * largest as usize * PAGE_BYTES;
+        let fetcher = fetcher(path, &layers, &options.remote)?;
         Ok(Self {
             contents: Arc::new(Contents {
                 name: path.display().to_string().into(),
@@ -243,6 +282,7 @@ impl Image {
                 cache: FrameCache::new(options.cache_bytes.max(least)),
                 for_many: options.for_many,
                 decoded: AtomicU64::new(0),
+                fetcher,
             }),
             decoders: Mutex::new(None),
         })
@@ -263,7 +303,12 @@ impl Image {
         self.contents.decoded.load(Ordering::Relaxed)
     }
 
-    /// Its file.
+    /// What was asked of servers and the cache so far, if a layer is at one.
+    pub fn remote_numbers(&self) -> Option<RemoteNumbers> {
+        self.contents.fetcher.as_ref().map(Fetcher::numbers)
+    }
+
+    /// Its file, or URL.
     pub fn path(&self) -> &Path {
         &self.contents.top().path
     }
@@ -291,16 +336,38 @@ fn page_range(range: ByteRange) -> Range<u32> {
     page(range.start)..page(range.end().next_multiple_of(PAGE))
 }
 
-fn open_file(path: &Path) -> Result<File, ImageError> {
-    let (file, metadata) = open_at_once(path).map_err(ImageError::io("open", path))?;
-    if !metadata.is_file() {
-        return Err(ImageError::NotAnImage { path: path.to_owned() });
+/// What gets the frames of the layers that are at servers, if there are any.
+fn fetcher(
+    path: &Path,
+    layers: &[Placed],
+    options: &RemoteOptions,
+) -> Result<Option<Fetcher>, ImageError> {
+    let is_remote = |placed: &&Placed| placed.layer.storage.object().is_some();
+    if !layers.iter().any(|placed| is_remote(&placed)) {
+        return Ok(None);
     }
-    Ok(file)
-}
-
-/// The same for all names of a file.
-fn identity_of(file: &File, path: &Path) -> Result<(u64, u64), ImageError> {
-    let metadata = file.metadata().map_err(ImageError::io("read", path))?;
-    Ok((metadata.dev(), metadata.ino()))
+    let cache = match &options.cache {
+        None => None,
+        Some((dir, bytes)) => {
+            let opened = CacheDir::open(dir, *bytes, &options.counters);
+            Some((dir, opened.map_err(ImageError::io("keep a cache in", dir))?))
+        }
+    };
+    let mut remotes = Vec::new();
+    for placed in layers {
+        let Some(object) = placed.layer.storage.object() else { continue };
+        let mut file = None;
+        if let (Some((dir, cache)), Some(index)) = (&cache, object.index()) {
+            let opened = cache.image(&index.hash, object.len());
+            file = Some(Arc::new(opened.map_err(ImageError::io("keep a cache in", dir))?));
+        }
+        remotes.push(Remote {
+            object: Arc::clone(object),
+            frames: Arc::clone(&placed.layer.frames),
+            first_frame: placed.first_frame,
+            cache: file,
+        });
+    }
+    let fetcher = Fetcher::spawn(remotes, options);
+    Ok(Some(fetcher.map_err(ImageError::io("start the threads that fetch", path))?))
 }

@@ -14,6 +14,7 @@ use crate::PAGE;
 use crate::buffers::BufferPool;
 use crate::doorbell::Doorbell;
 use crate::queue::ReadQueue;
+use crate::remote::Frames;
 
 use super::contents::{Contents, Tools, Wait};
 use super::decoders::{DecodeClient, Decoders, Job};
@@ -120,7 +121,7 @@ impl ImageReader {
             let buf = self.buffers.take(pages.len() * PAGE_BYTES);
             self.fills += usize::from(priority == Priority::Fill);
             self.running.insert(id, (range, priority));
-            self.client.start(id, priority, Job { pages, buf });
+            self.client.start(id, priority, Job { pages, buf, fetched: Frames::new() });
         }
     }
 }
@@ -162,6 +163,9 @@ impl PageReader for ImageReader {
             self.start_next();
         } else {
             self.client.promote(id, priority);
+            if let Some((range, _)) = self.running.get(&id) {
+                self.contents.promote(page_range(*range), priority);
+            }
         }
     }
 

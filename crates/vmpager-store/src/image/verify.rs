@@ -100,29 +100,34 @@ impl Image {
     ) -> Result<Vec<Damage>, ImageError> {
         let layer = &placed.layer;
         let mut damage = BTreeMap::new();
-        let count = u32::try_from(layer.frames.len()).unwrap_or(u32::MAX);
         parallel::for_each(
             threads,
-            0..count,
+            layer.batches(),
             || (Decoder::new(), Vec::new(), Vec::new()),
-            |(decoder, packed, raw), frame| {
-                raw.resize(layer.raw_bytes(frame), 0);
-                let result = layer
-                    .load(frame, true, packed)
-                    .and_then(|_| layer.decode(frame, packed, decoder, raw));
-                let what = match result {
+            |(decoder, packed, raw), frames| {
+                let lost = match layer.load_together(&frames, packed) {
                     Ok(()) => None,
-                    Err(FrameError::Damaged(what)) => Some(what),
-                    Err(FrameError::Truncated) => Some("the file ends before".into()),
                     Err(FrameError::Io(error)) => {
                         return Err(ImageError::io("read", &layer.path)(error));
                     }
+                    Err(error) => Some(error.to_string()),
                 };
-                Ok((frame, raw.len() as u64, what))
+                let check = |frame: u32| {
+                    raw.resize(layer.raw_bytes(frame), 0);
+                    let packed = &packed[layer.within(&frames, frame)];
+                    let decoded = layer.decode(frame, packed, decoder, raw);
+                    let what =
+                        lost.clone().or_else(|| decoded.err().map(|error| error.to_string()));
+                    (frame, raw.len() as u64, what)
+                };
+                Ok(frames.clone().map(check).collect::<Vec<_>>())
             },
-            |(frame, bytes, what)| {
-                damage.extend(what.map(|what| (frame, what)));
-                bar.done(bytes)
+            |checked| {
+                for (frame, bytes, what) in checked {
+                    damage.extend(what.map(|what| (frame, what)));
+                    bar.done(bytes)?;
+                }
+                Ok(())
             },
         )?;
         let all = damage.into_iter().map(|(frame, what)| Damage {
