@@ -44,6 +44,9 @@
 //! | 8.. | one word a cell: bits 0 and 1 state (0 empty, 1 queued, 2 taken), 2 to 7 reader, 8 to 27 lap, 28 to 63 page frame number |
 //! | then | one word a cell: bits 0 to 31 waiters, 32 to 51 their lap |
 
+mod cell;
+
+use self::cell::{Cell, State, lap, next_lap};
 use crate::page_map::Words;
 use crate::sync::{AtomicU64, Ordering, fence};
 
@@ -59,49 +62,9 @@ const MAGIC: u64 = u64::from_le_bytes(*b"VMPGFLT\0");
 const VERSION: u64 = 1;
 const ENABLED: usize = 3;
 const HEAD: usize = 4;
-const LAPS: u64 = 1 << 20;
 
 /// How many words a queue needs.
 pub const WORDS: usize = HEADER + 2 * CELLS;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Empty,
-    Queued,
-    Taken(u64),
-}
-
-/// What a cell's word says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Cell {
-    state: State,
-    lap: u64,
-    gfn: u64,
-}
-
-impl Cell {
-    fn word(self) -> u64 {
-        let state = match self.state {
-            State::Empty => 0,
-            State::Queued => 1,
-            State::Taken(reader) => 2 | reader << 2,
-        };
-        state | self.lap << 8 | self.gfn << 28
-    }
-
-    fn of(word: u64) -> Self {
-        let state = match word & 0b11 {
-            0 => State::Empty,
-            1 => State::Queued,
-            _ => State::Taken(word >> 2 & (MAX_READERS - 1)),
-        };
-        Self { state, lap: word >> 8 & (LAPS - 1), gfn: word >> 28 }
-    }
-
-    fn empty(lap: u64) -> Self {
-        Self { state: State::Empty, lap: lap & (LAPS - 1), gfn: 0 }
-    }
-}
 
 /// A place in the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -528,14 +491,6 @@ fn index(position: u64) -> usize {
 /// The positions that may be in use: as many as there are cells, from the head on.
 fn in_use(head: u64) -> impl Iterator<Item = u64> {
     (0..CELLS as u64).map(move |i| head.wrapping_add(i))
-}
-
-fn next_lap(position: u64) -> u64 {
-    (lap(position) + 1) % LAPS
-}
-
-fn lap(position: u64) -> u64 {
-    (position / CELLS as u64) % LAPS
 }
 
 /// The number of waiters in a word that counts them.
