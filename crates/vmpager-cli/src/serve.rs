@@ -1,5 +1,7 @@
 //! `vmpager serve`: the daemon.
 
+pub(crate) mod limits;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -12,7 +14,6 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 use vmpager::core::PageSource;
@@ -26,6 +27,7 @@ use vmpager_store::RawFile;
 use vmpager_store::image::{Image, MemoryInput};
 use vmpager_store::profile::{Profile, Recorder};
 
+use self::limits::Limits;
 use crate::image::{Parents, open_over};
 use crate::remote::{RemoteArgs, RemoteReport};
 use crate::{output, size};
@@ -51,7 +53,11 @@ use crate::{output, size};
     vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --metrics 127.0.0.1:9464 &\n  \
     curl http://127.0.0.1:9464/metrics\n  \
     vmpager top --metrics 127.0.0.1:9464\n\n\
-    Any number of VMs may connect. The memory file must not change meanwhile.\n\
+    Hundreds of VMs may connect, and are served in turns; --max-sessions, --max-memory,\n\
+    --max-reads and --bandwidth limit what each may take:\n  \
+    vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --background-fill \\\n      \
+    --max-sessions 200 --bandwidth 256M/s\n\n\
+    The memory file must not change meanwhile.\n\
     SIGTERM and SIGINT stop it: what is in flight is finished first, and each VM\n\
     that still misses memory is named.\n\n\
     It is two processes: a keeper, which holds descriptors and does nothing else, and\n\
@@ -100,6 +106,8 @@ pub(crate) struct ServeArgs {
     /// Threads that serve [default: one per CPU, 4 at most].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) workers: Option<u16>,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
     /// Accept VMs whose regions cover only part of the file.
     #[arg(long)]
     pub(crate) partial: bool,
@@ -192,7 +200,7 @@ const MAX_MAPPED: u64 = 6 << 20;
 const MAX_BUFFERED: usize = 4 << 20;
 
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
-    allow_descriptors();
+    limits::allow_descriptors();
     if !args.kept {
         return keep(args);
     }
@@ -204,13 +212,6 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         output::json(&report)?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Has a VM's five descriptors, and more, for as many VMs as the system allows.
-fn allow_descriptors() {
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // It is no more than a try.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// The keeper.
@@ -260,7 +261,9 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
         neighbours: args.prefetch.into(),
         replay: learning.profile.as_ref().map(ServeOptions::order_of),
         record: learning.record.as_ref().map(|(_, recorder)| Arc::clone(recorder)),
+        limits: args.limits.of_session(),
     };
+    args.limits.apply(&mut config)?;
     config.workers = workers(args);
     config.partial = args.partial;
     config.once = args.once;

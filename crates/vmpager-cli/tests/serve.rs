@@ -108,6 +108,22 @@ fn what_cannot_be_served_is_refused_by_name_and_remedy() {
 }
 
 #[test]
+fn limits_that_cannot_be_kept_are_refused() {
+    let dir = TempDir::new().unwrap();
+    let (socket, memory) = (in_dir(&dir, "pager.sock"), memory_file(&dir, 8192));
+    let serve = |more: &[&str]| {
+        vmpager(&[&["serve", "--socket", &socket, "--memory", &memory], more].concat())
+    };
+    let output = serve(&["--max-sessions", "4000000000"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("descriptors") && text.contains("ulimit -n"), "{text}");
+    for more in [["--max-sessions", "0"], ["--bandwidth", "0"], ["--max-reads", "0"]] {
+        assert_eq!(serve(&more).status.code(), Some(2), "{more:?}");
+    }
+}
+
+#[test]
 fn sigterm_ends_it_with_a_report_and_no_socket_left() {
     let dir = TempDir::new().unwrap();
     let socket = in_dir(&dir, "pager.sock");

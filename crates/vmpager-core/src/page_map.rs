@@ -370,6 +370,9 @@ impl<W: Words> PageMap<W> {
             let mut seen = content.load(Ordering::Acquire);
             loop {
                 let claimed = seen & !(seen >> 1) & EVEN & mask & absent;
+                if claimed == 0 {
+                    break;
+                }
                 let new = seen & !(claimed * 0b11) | (claimed * to.bits());
                 match content.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire)
                 {

@@ -44,7 +44,7 @@ pub use daemon::{Daemon, DaemonConfig, DaemonError, KeeperLink};
 pub use installer::Installer;
 pub use keeper::{Keeper, KeeperConfig, KeeperEnd, KeeperError};
 pub use pager::{Pager, PagerBuilder, PagerError};
-pub use served::ServeOptions;
+pub use served::{ServeOptions, SessionLimits};
 pub use stats::{EndReason, SessionSummary};
 pub use vmpager_core as core;
 pub use vmpager_core::prefetch::NeighbourPolicy;

@@ -247,6 +247,8 @@ impl PagerBuilder {
             events: tell,
             owner: doorbell.clone(),
             max_polling: self.max_polling,
+            // It serves nobody else.
+            turn: usize::MAX,
         })?;
         let options = self.options;
         // All pages shall come: whoever touches one may as well have its 2 MiB.

@@ -1,6 +1,7 @@
 //! The reads a worker has in flight, and those that wait to be tried again.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -64,14 +65,16 @@ pub(crate) struct Reads {
     next: u64,
     fills: usize,
     prefetches: usize,
+    /// Reads that somebody waited for when they were submitted, by memory.
+    demands: HashMap<MemoryId, usize>,
     stats: Arc<SourceStats>,
 }
 
 impl Reads {
     /// Counts what becomes of its reads in `stats`.
     pub(crate) fn new(reader: Box<dyn PageReader>, stats: Arc<SourceStats>) -> Self {
-        let (in_flight, paused) = (HashMap::new(), Vec::new());
-        Self { reader, in_flight, paused, next: 0, fills: 0, prefetches: 0, stats }
+        let (in_flight, paused, demands) = (HashMap::new(), Vec::new(), HashMap::new());
+        Self { reader, in_flight, paused, next: 0, fills: 0, prefetches: 0, demands, stats }
     }
 
     /// Starts a read in the background.
@@ -81,7 +84,7 @@ impl Reads {
         match read.priority {
             Priority::Fill => self.fills += 1,
             Priority::Prefetch => self.prefetches += 1,
-            Priority::Demand => {}
+            Priority::Demand => *self.demands.entry(read.memory).or_default() += 1,
         }
         self.in_flight.insert(id, (Instant::now(), read));
         self.reader.submit(ReadRequest { id, range: read.range, priority: read.priority });
@@ -96,6 +99,11 @@ impl Reads {
     /// more.
     pub(crate) fn may_prefetch(&self) -> bool {
         self.fills + self.prefetches < PREFETCH_DEPTH
+    }
+
+    /// How many reads are in flight because somebody waited for them.
+    pub(crate) fn demands_of(&self, memory: MemoryId) -> usize {
+        self.demands.get(&memory).copied().unwrap_or(0)
     }
 
     /// Whether nothing is in flight or waits to be tried again.
@@ -154,14 +162,21 @@ impl Reads {
         &mut self,
         mut done: impl FnMut(Read, Result<vmpager_core::PageData<'_>, SourceError>),
     ) {
-        let Self { reader, in_flight, fills, prefetches, stats, .. } = self;
+        let Self { reader, in_flight, fills, prefetches, demands, stats, .. } = self;
         reader.complete(&mut |id, result| {
             let Some((since, read)) = in_flight.remove(&id) else { return };
             stats.ended(read.priority, since.elapsed(), result.is_err());
             match read.priority {
                 Priority::Fill => *fills -= 1,
                 Priority::Prefetch => *prefetches -= 1,
-                Priority::Demand => {}
+                Priority::Demand => {
+                    if let Entry::Occupied(mut demands) = demands.entry(read.memory) {
+                        *demands.get_mut() -= 1;
+                        if *demands.get() == 0 {
+                            demands.remove();
+                        }
+                    }
+                }
             }
             done(read, result);
         });

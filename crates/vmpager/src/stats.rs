@@ -65,7 +65,7 @@ pub(crate) struct Counters {
 
 impl Counters {
     pub(crate) fn new() -> Self {
-        // Two digits, one nanosecond to ten minutes: 18 KiB.
+        // Two digits, one nanosecond to ten minutes: 33 KiB.
         let stalls = Histogram::new_with_bounds(1, 600_000_000_000, 2);
         Self {
             started: Instant::now(),

@@ -7,6 +7,7 @@
 
 mod background;
 mod sharing;
+mod turns;
 
 use std::collections::HashMap;
 use std::io;
@@ -20,6 +21,7 @@ use tracing::error;
 use vmpager_core::{PageRun, PageSource, SourceError};
 
 pub(crate) use self::sharing::Sharing;
+use self::turns::Hot;
 use crate::metrics::SourceStats;
 use crate::placement::Placement;
 use crate::polling::Polling;
@@ -154,6 +156,8 @@ pub(crate) struct WorkerConfig {
     pub(crate) owner: Arc<OwnedFd>,
     /// The longest time to poll before sleeping.
     pub(crate) max_polling: Duration,
+    /// The most faults of one memory served in a row while others have some, too.
+    pub(crate) turn: usize,
 }
 
 /// Why a worker could not start.
@@ -196,7 +200,9 @@ pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
         events: config.events,
         owner: config.owner,
         memories: HashMap::new(),
-        hot: Vec::new(),
+        hot: Hot::new(config.turn),
+        retrying: Vec::new(),
+        making_huge: Vec::new(),
         reads: Reads::new(reader, stats.clone()),
         polling: Polling::new(config.max_polling),
         stopping: None,
@@ -232,8 +238,12 @@ struct Worker {
     events: Sender<Event>,
     owner: Arc<OwnedFd>,
     memories: HashMap<MemoryId, Served>,
-    /// Memories that faulted a moment ago: these are polled.
-    hot: Vec<MemoryId>,
+    /// Memories that have faults, or had some a moment ago.
+    hot: Hot,
+    /// Memories with something to be tried again later, and maybe some without.
+    retrying: Vec<MemoryId>,
+    /// Memories of which huge pages are made.
+    making_huge: Vec<MemoryId>,
     reads: Reads,
     polling: Polling,
     stopping: Option<(Instant, Vec<MemoryId>)>,
@@ -268,7 +278,7 @@ impl Worker {
             looks += 1;
             let timeout = match work {
                 // Faults keep coming: the others are looked at now and then.
-                Work::Served if looks < LOOKS => continue,
+                Work::Served if looks < LOOKS && !self.hot.is_crowded() => continue,
                 Work::None if looks < LOOKS && self.keep_looking() => {
                     std::hint::spin_loop();
                     continue;
@@ -277,10 +287,7 @@ impl Worker {
                 Work::None if self.keep_looking() || self.make_huge() => Some(Duration::ZERO),
                 Work::None => {
                     self.hot.clear();
-                    let retries = self.memories.values().filter_map(Served::retry_at);
-                    let huge = self.memories.values().filter_map(Served::huge_at);
-                    let stop = self.stopping.as_ref().map(|(until, _)| *until);
-                    due = due.into_iter().chain(retries).chain(huge).chain(stop).min();
+                    due = due.into_iter().chain(self.next_due()).min();
                     match due.map(|at| at.saturating_duration_since(Instant::now())) {
                         Some(pause) if pause < SHORT => {
                             // epoll would sleep for a whole millisecond.
@@ -300,38 +307,6 @@ impl Worker {
                 return self.stop();
             }
         }
-    }
-
-    fn keep_looking(&self) -> bool {
-        !self.hot.is_empty() && self.polling.keep_looking()
-    }
-
-    /// Serves the memories that faulted lately, and those with retries due.
-    fn serve_hot(&mut self) -> Work {
-        let served = self.each_hot(Served::serve);
-        // Only while no fault is pending: a page somebody waits for goes first.
-        if !served && !self.each_hot(Served::bring_neighbours) {
-            return Work::None;
-        }
-        self.polling.served(Instant::now());
-        self.demanded |= served;
-        Work::Served
-    }
-
-    /// Has the memories that faulted lately do something. Whether any of them
-    /// did.
-    fn each_hot(&mut self, work: fn(&mut Served, &mut Reads) -> Result<bool, Lost>) -> bool {
-        let mut done = false;
-        let mut index = 0;
-        while let Some(&id) = self.hot.get(index) {
-            index += 1;
-            let Some(memory) = self.memories.get_mut(&id) else { continue };
-            match work(memory, &mut self.reads) {
-                Ok(did) => done |= did,
-                Err(lost) => self.lose(id, lost),
-            }
-        }
-        done
     }
 
     /// Learns what happened elsewhere.
@@ -359,12 +334,7 @@ impl Worker {
                 }
             }
         }
-        let now = Instant::now();
-        for (id, memory) in &self.memories {
-            if memory.retry_at().is_some_and(|at| at <= now) && !self.hot.contains(id) {
-                self.hot.push(*id);
-            }
-        }
+        self.find_due();
         Ok(())
     }
 
@@ -373,8 +343,8 @@ impl Worker {
         if failing && self.memories.get(&id).is_some_and(Served::is_blocking) {
             let why = "the VMM made its userfaultfd blocking; O_NONBLOCK must stay set";
             self.lose(id, Lost::Failed(why.into()));
-        } else if !self.hot.contains(&id) {
-            self.hot.push(id);
+        } else {
+            self.hot.add(id);
         }
         if failing {
             self.unwatch_blocking_views(id);
@@ -416,6 +386,7 @@ impl Worker {
                     if let Err(lost) = memory.bring(run, &mut self.reads) {
                         self.lose(id, lost);
                     }
+                    self.note_retry(id);
                 }
                 Ok(Command::Stop { until, poison }) => {
                     self.filling.clear();
@@ -445,8 +416,11 @@ impl Worker {
         if memory.wants_fill() {
             self.filling.push(id);
         }
+        if memory.makes_huge() {
+            self.making_huge.push(id);
+        }
         self.memories.insert(id, memory);
-        self.hot.push(id);
+        self.hot.add(id);
     }
 
     fn lose(&mut self, id: MemoryId, lost: Lost) {
@@ -468,7 +442,8 @@ impl Worker {
     fn forget(&mut self, id: MemoryId) -> Option<Served> {
         let mut memory = self.memories.remove(&id)?;
         memory.end_recording();
-        self.hot.retain(|hot| *hot != id);
+        self.hot.remove(id);
+        self.making_huge.retain(|making| *making != id);
         self.filling.retain(|filling| *filling != id);
         self.unwatch(memory.events());
         memory.outside_events().for_each(|fd| self.unwatch(fd));

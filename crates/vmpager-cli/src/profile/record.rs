@@ -8,6 +8,7 @@ use vmpager_store::profile::Profile;
 use super::Summary;
 use crate::image::{Parents, shown};
 use crate::remote::RemoteArgs;
+use crate::serve::limits::Limits;
 use crate::serve::{Prefetch, ServeArgs, serve};
 
 /// Options of `vmpager profile record`.
@@ -55,6 +56,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         // What is brought in unasked is not seen to be touched.
         prefetch: Prefetch::Off,
         workers: None,
+        limits: Limits::default(),
         partial: args.partial,
         handshake_timeout: 10,
         metrics_json: None,

@@ -31,6 +31,17 @@ pub(super) struct Offer {
     pub(super) memfds: Vec<OwnedFd>,
 }
 
+/// What one more memory has to come up to.
+#[derive(Debug)]
+pub(super) struct Admission {
+    /// No further VM may come.
+    pub(super) full: bool,
+    /// How many there are.
+    pub(super) sessions: usize,
+    /// The most memory of one VM.
+    pub(super) max_memory: u64,
+}
+
 /// What came of listening to a peer once.
 #[derive(Debug)]
 pub(super) enum Arrival {
@@ -83,9 +94,12 @@ pub(super) struct Connection {
     doors: Vec<(MemoryId, Entrance)>,
     /// Whether it ever handed over memory.
     had_session: bool,
+    /// Bytes of memory it has handed over and that may be served yet.
+    handed_over: u64,
     /// Its pidfd says it exited, yet its memory was still there.
     seems_gone: bool,
-    tally: Tally,
+    /// What was counted of memories of its session that have ended.
+    tally: Option<Tally>,
 }
 
 impl Connection {
@@ -116,8 +130,9 @@ impl Connection {
             memories: Vec::new(),
             doors: Vec::new(),
             had_session: known > 0,
+            handed_over: 0,
             seems_gone: false,
-            tally: Tally::new(),
+            tally: None,
         })
     }
 
@@ -204,6 +219,32 @@ impl Connection {
         Ok(Arrival::Part)
     }
 
+    /// Whether one more memory of it is taken. If not, its descriptor is kept open.
+    pub(super) fn admit(
+        &mut self,
+        slots: &[Slot],
+        uffd: OwnedFd,
+        limits: &Admission,
+    ) -> Result<OwnedFd, String> {
+        let bytes = slots.iter().fold(self.handed_over, |sum, slot| sum.saturating_add(slot.len));
+        let problem = if limits.full && self.memories.is_empty() {
+            format!(
+                "{} VMs are served, and no more are admitted (--max-sessions); end one of them, \
+                 or ask another pager",
+                limits.sessions
+            )
+        } else if bytes > limits.max_memory {
+            format!(
+                "it has {bytes:#x} bytes of memory, and a VM may have {:#x} (--max-memory)",
+                limits.max_memory
+            )
+        } else {
+            return Ok(uffd);
+        };
+        self.refused.push(uffd);
+        Err(problem)
+    }
+
     /// Checks an offer. On failure its descriptor is kept open.
     pub(super) fn check(
         &mut self,
@@ -244,16 +285,18 @@ impl Connection {
     }
 
     /// A memory of it is served that nobody has served before.
-    pub(super) fn add_new_memory(&mut self, memory: MemoryId) {
+    pub(super) fn add_new_memory(&mut self, memory: MemoryId, bytes: u64) {
         self.memories_so_far += 1;
-        self.add_memory(memory);
+        self.add_memory(memory, bytes);
     }
 
-    pub(super) fn add_memory(&mut self, memory: MemoryId) {
+    pub(super) fn add_memory(&mut self, memory: MemoryId, bytes: u64) {
         if self.memories.is_empty() {
-            self.tally = Tally::new();
+            self.tally = None;
+            self.handed_over = 0;
         }
         self.memories.push(memory);
+        self.handed_over += bytes;
         self.had_session = true;
     }
 
@@ -278,12 +321,13 @@ impl Connection {
         self.memories.retain(|other| *other != memory);
         // Those who took part learn of the end by the door's.
         self.doors.retain(|(of, _)| *of != memory);
-        self.tally.add(numbers);
+        self.tally.get_or_insert_with(Tally::new).add(numbers);
         self.memories.is_empty().then_some(reason)
     }
 
-    pub(super) fn summary(&self, session: u64, reason: EndReason) -> SessionSummary {
-        self.tally.summary(session, self.peer.pid, Some(reason))
+    pub(super) fn summary(&mut self, session: u64, reason: EndReason) -> SessionSummary {
+        let tally = self.tally.get_or_insert_with(Tally::new);
+        tally.summary(session, self.peer.pid, Some(reason))
     }
 
     /// Time is up for a handshake: says what is missing.

@@ -164,9 +164,9 @@ impl Daemon {
             connection.hold(Some(Box::new(served)));
             return;
         }
-        connection.add_memory(memory);
-        self.memories.insert(memory, (id, worker));
         let memory_bytes = served.numbers().memory_bytes;
+        connection.add_memory(memory, memory_bytes);
+        self.memories.insert(memory, (id, worker));
         let takeovers = served.takeovers();
         let by = (worker, self.workers[worker].teller());
         self.board.serving(memory, (session, peer_pid), true, by);

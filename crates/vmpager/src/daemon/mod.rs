@@ -62,6 +62,12 @@ pub struct DaemonConfig {
     pub stop_timeout: Duration,
     /// The most peers connected at a time.
     pub max_connections: usize,
+    /// The most VMs served at a time; others are refused.
+    pub max_sessions: usize,
+    /// The most memory one VM may hand over, in bytes.
+    pub max_memory: u64,
+    /// The most faults of one VM served in a row while others have some, too.
+    pub faults_per_turn: usize,
     /// The directory where each VM gets a door for other processes to take part
     /// in its memory ([`Attached`](crate::Attached)): `PID.sock`, by its VMM's
     /// process id.
@@ -81,6 +87,9 @@ impl DaemonConfig {
             handshake_timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(5),
             max_connections: 4096,
+            max_sessions: usize::MAX,
+            max_memory: u64::MAX,
+            faults_per_turn: 16,
             attach: None,
         }
     }
@@ -360,10 +369,17 @@ impl Daemon {
     ) -> Result<(), String> {
         let source = &*self.config.source;
         let worker = self.least_busy_worker(id);
+        let sessions = self.connections.values().filter(|it| !it.memories().is_empty()).count();
+        let limits = connection::Admission {
+            full: sessions >= self.config.max_sessions,
+            sessions,
+            max_memory: self.config.max_memory,
+        };
         let connection::Offer { handshake, uffd, memfds } = offer;
         let door = self.next_door(id);
         let Some(connection) = self.connections.get_mut(&id) else { return Ok(()) };
         kill::point("offered");
+        let uffd = connection.admit(&handshake.slots, uffd, &limits)?;
         let (uffd, slots, state) =
             connection.check(&handshake.slots, uffd, source, self.config.partial)?;
         let memory = connection.next_memory(id);
@@ -379,7 +395,7 @@ impl Daemon {
         let opening =
             door.map(|at| doors::prepare(at, &mut served, to, &handshake, memfds, source.len()));
         self.memories.insert(memory, (id, worker));
-        connection.add_new_memory(memory);
+        connection.add_new_memory(memory, memory_bytes);
         let session = session_of(id);
         let peer_pid = connection.pid();
         let by = (worker, self.workers[worker].teller());
@@ -561,6 +577,7 @@ impl Workers {
                 events: tell.clone(),
                 owner: bell.clone(),
                 max_polling: crate::polling::default_max(),
+                turn: config.faults_per_turn,
             })
         });
         let workers = workers.collect::<Result<Vec<_>, _>>()?;

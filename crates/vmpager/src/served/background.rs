@@ -123,7 +123,7 @@ impl Served {
             }
         }
         if read.waiter.is_none() && read.priority == Priority::Prefetch {
-            self.counters.bytes_read += read.range.len;
+            self.took(read.range.len, 0);
             let counter = match read.nearby {
                 true => &mut self.counters.pages_neighbour,
                 false => &mut self.counters.pages_profile,
@@ -176,10 +176,10 @@ impl Served {
     /// that are not at hand are read if a stream of faults leads to them, else they
     /// are not worth it, and left. False if there are none.
     pub(crate) fn bring_neighbours(&mut self, reads: &mut Reads) -> Result<bool, Lost> {
-        if self.retry.at.is_some() {
+        let started = Instant::now();
+        if self.retry.at.is_some() || !self.may_take(started) {
             return Ok(false);
         }
-        let started = Instant::now();
         let most = self.chunk.pages_of(PageSize::Size4K.shift());
         match self.engine.next_neighbours(most) {
             None => return Ok(false),
@@ -204,7 +204,7 @@ impl Served {
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
                 let end = self.put(run, Put::Bytes(data.address()))?;
-                self.counters.bytes_read += range.len;
+                self.took(range.len, 0);
                 self.counters.pages_neighbour += end.pages;
                 self.put_off_rest(end, reads)
             }
@@ -272,9 +272,9 @@ impl Served {
         Ok(if done > 0 { Filled::Some } else { Filled::Wait })
     }
 
-    /// Whether the fill need not wait for reads in flight or for a pause.
-    fn may_fill(&self, reads: &Reads) -> bool {
-        reads.may_fill() && self.retry.at.is_none()
+    /// Whether the fill need not wait for reads in flight, a pause, or bandwidth.
+    fn may_fill(&mut self, reads: &Reads) -> bool {
+        reads.may_fill() && self.retry.at.is_none() && self.may_take(Instant::now())
     }
 
     /// Fills a claimed run, or the first part of it. Returns which.

@@ -91,7 +91,7 @@ impl Served {
         self.counters.pages_moved += done.count;
         let read = |run: &PageRun| run.end().min(done.end()).saturating_sub(run.first);
         let pages: u64 = whole.reads.iter().map(read).sum();
-        self.counters.bytes_read += pages << PageSize::Size4K.shift();
+        self.took(pages << PageSize::Size4K.shift(), 0);
         done.count
     }
 
@@ -123,6 +123,11 @@ impl Served {
             huge.staging = None;
             huge.refused_in_a_row = 0;
         }
+    }
+
+    /// Whether huge pages are made of it.
+    pub(crate) fn makes_huge(&self) -> bool {
+        self.huge.is_some()
     }
 
     /// When the next huge page may be made, if there may be one to make.

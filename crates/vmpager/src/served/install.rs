@@ -74,7 +74,8 @@ impl Served {
     /// Counts `pages` of a run as installed from the source.
     pub(super) fn count_installed(&mut self, run: PageRun, waiter: Option<Waiter>, pages: u64) {
         let (slot, _) = self.engine.slots().slot_of(run.first);
-        self.counters.bytes_read += run.count << slot.page_size.shift();
+        let page = slot.page_size.bytes();
+        self.took(run.count * page, waiter.map_or(0, |_| page));
         match waiter {
             Some(_) if pages > 0 => {
                 self.counters.pages_demand += 1;

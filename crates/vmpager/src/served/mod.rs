@@ -18,11 +18,13 @@
 mod background;
 mod huge;
 mod install;
+mod limits;
 mod origin;
 mod outside;
 mod record;
 mod replay;
 mod takeover;
+mod turn;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -44,11 +46,14 @@ use vmpager_sys::uffd::{Features, Message, Messages, Userfaultfd};
 pub(crate) use self::background::Filled;
 use self::install::{Asleep, Put};
 pub(crate) use self::install::{Leftover, zeroes};
+use self::limits::Bandwidth;
+pub use self::limits::SessionLimits;
 use self::origin::{Origin, Threads};
 use self::outside::Outside;
 pub(crate) use self::outside::{View, ViewId};
 use self::record::{Flag, Record};
 pub(crate) use self::record::{RecordError, State, VERSION as RECORD_VERSION};
+pub(crate) use self::turn::Turn;
 use crate::kill;
 use crate::reads::{MemoryId, Reads, Waiter};
 use crate::shared::{Serving, Shared};
@@ -68,6 +73,8 @@ pub struct ServeOptions {
     pub replay: Option<Arc<[ByteRange]>>,
     /// Where to leave which pages were touched: those that somebody waited for.
     pub record: Option<Arc<Recorder>>,
+    /// What each memory may take of what all share.
+    pub limits: SessionLimits,
 }
 
 impl ServeOptions {
@@ -116,6 +123,10 @@ pub(crate) struct Served {
     messages: Messages,
     /// Faults read and not yet served, and whose view they came by, if by one.
     faults: VecDeque<(Hva, Option<ViewId>)>,
+    /// Who waits until a read of this memory has ended: no more may be in flight.
+    unread: VecDeque<Waiter>,
+    limits: SessionLimits,
+    bandwidth: Option<Bandwidth>,
     retry: Retry,
     counters: Counters,
     fill: bool,
@@ -186,6 +197,9 @@ impl Served {
             messages: record.messages(),
             record,
             faults: VecDeque::new(),
+            unread: VecDeque::new(),
+            limits: options.limits,
+            bandwidth: options.limits.bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
             retry: Retry::default(),
             counters: Counters::new(),
             fill: options.background_fill,
@@ -282,49 +296,6 @@ impl Served {
             .slots()
             .iter()
             .any(|slot| self.uffd.is_alive(slot.hva.0, slot.page_size.bytes()))
-    }
-
-    /// Serves the faults that are pending, and those put off that are due.
-    /// Whether there were any.
-    pub(crate) fn serve(&mut self, reads: &mut Reads) -> Result<bool, Lost> {
-        self.read_events()?;
-        let mut served = !self.faults.is_empty();
-        if served {
-            self.serve_faults(reads)?;
-        }
-        if self.retry.at.is_some_and(|at| at <= Instant::now()) {
-            served |= self.serve_retries(reads)?;
-        }
-        Ok(served)
-    }
-
-    fn serve_faults(&mut self, reads: &mut Reads) -> Result<(), Lost> {
-        let since = Instant::now();
-        self.not_quiet(since);
-        // With reads in flight, their waiters would be woken along, in vain.
-        let together = self.faults.len() >= MANY && reads.is_idle();
-        while !self.faults.is_empty() {
-            if together {
-                self.let_sleep();
-            }
-            let result = self.serve_some(since, reads);
-            // Also of pages installed before one that failed.
-            self.wake_all(since)?;
-            result?;
-        }
-        Ok(())
-    }
-
-    /// Serves up to [`WAKE_TOGETHER`] of the faults read.
-    fn serve_some(&mut self, since: Instant, reads: &mut Reads) -> Result<(), Lost> {
-        for _ in 0..WAKE_TOGETHER {
-            let Some((hva, view)) = self.faults.pop_front() else { break };
-            self.outside.serving = view;
-            let served = self.fault(hva, since, reads);
-            self.outside.serving = None;
-            served?;
-        }
-        Ok(())
     }
 
     /// Whether any was due.
@@ -520,6 +491,9 @@ impl Served {
     /// else when they are.
     fn fetch(&mut self, run: PageRun, waiter: Waiter, reads: &mut Reads) -> Result<(), Lost> {
         let run = self.shorten_to_bytes(run, waiter.page, reads.reader.at_hand_bytes());
+        // Neighbours are taken along, not asked for.
+        let most = if self.may_take(Instant::now()) { run.count } else { 1 };
+        let run = if most < run.count { self.shorten(run, waiter.page, most) } else { run };
         let (_, range) = self.engine.slots().locate(run);
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
@@ -544,6 +518,12 @@ impl Served {
             }
         }
         let run = self.shorten(run, waiter.page, COLD_WINDOW);
+        if reads.demands_of(self.id) >= self.limits.reads {
+            self.engine.released(run);
+            self.tell_installers();
+            self.unread.push_back(waiter);
+            return Ok(());
+        }
         reads.submit(self.background(run, Priority::Demand, Some(waiter)));
         kill::point("submitted");
         Ok(())
@@ -568,14 +548,6 @@ impl Served {
         }
     }
 }
-
-/// From so many faults at once on, their waiters are woken together: they
-/// come from more threads than there are CPUs idle, likely.
-const MANY: usize = 4;
-
-/// The most faults whose waiters are woken together: the first one waits for
-/// the pages of the others.
-const WAKE_TOGETHER: u64 = 16;
 
 /// The bytes of a range, if all of them are at hand.
 fn at_hand(

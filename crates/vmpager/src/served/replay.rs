@@ -70,8 +70,8 @@ impl Served {
         Ok(done > 0)
     }
 
-    fn may_replay(&self, reads: &Reads) -> bool {
-        reads.may_prefetch() && self.retry.at.is_none()
+    fn may_replay(&mut self, reads: &Reads) -> bool {
+        reads.may_prefetch() && self.retry.at.is_none() && self.may_take(Instant::now())
     }
 
     fn runs_to_come(&self) -> usize {
@@ -84,7 +84,7 @@ impl Served {
         match at_hand(&mut *reads.reader, range) {
             Ok(Some(data)) => {
                 let end = self.put(run, Put::Bytes(data.address()))?;
-                self.counters.bytes_read += range.len;
+                self.took(range.len, 0);
                 self.counters.pages_profile += end.pages;
                 self.put_off_rest(end, reads)
             }

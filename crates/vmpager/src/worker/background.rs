@@ -18,7 +18,9 @@ impl Worker {
         let mut failed: Vec<(Read, SourceError)> = Vec::new();
         let mut put_off = Vec::new();
         let mut lost = Vec::new();
+        let mut ended = Vec::new();
         reads.complete(|read, result| {
+            ended.push(read.memory);
             let Some(memory) = memories.get_mut(&read.memory) else { return };
             match result {
                 Ok(data) if data.len() as u64 == read.range.len => {
@@ -52,6 +54,15 @@ impl Worker {
                 lost.push((read.memory, why));
             }
         }
+        for id in &ended {
+            // Others may have waited for their turn to be read.
+            if let Some(memory) = memories.get_mut(id)
+                && let Err(why) = memory.read_queued(reads)
+            {
+                lost.push((*id, why));
+            }
+        }
+        ended.into_iter().for_each(|id| self.note_retry(id));
         for (id, why) in lost {
             self.lose(id, why);
         }
@@ -69,7 +80,9 @@ impl Worker {
             if std::mem::take(&mut self.demanded) {
                 memory.others_wait();
             }
-            match memory.fill(&mut self.reads) {
+            let filled = memory.fill(&mut self.reads);
+            self.note_retry(id);
+            match filled {
                 Ok(Filled::Some) => return true,
                 Ok(Filled::Wait) => {}
                 // The list has changed: go round again.
@@ -101,10 +114,16 @@ impl Worker {
         if self.stopping.is_some() {
             return false;
         }
+        if self.making_huge.is_empty() {
+            return false;
+        }
         let now = Instant::now();
-        let mut memories = self.memories.values_mut();
-        let due = memories.find(|memory| memory.huge_at().is_some_and(|at| at <= now));
-        due.map(Served::make_huge).is_some()
+        let is_due = |memory: &Served| memory.huge_at().is_some_and(|at| at <= now);
+        let due = self.making_huge.iter().find(|id| self.memories.get(id).is_some_and(is_due));
+        let Some(id) = due.copied() else { return false };
+        self.memories.get_mut(&id).into_iter().for_each(Served::make_huge);
+        self.note_retry(id);
+        true
     }
 
     fn end_filled(&mut self, id: MemoryId) {

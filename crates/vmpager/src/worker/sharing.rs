@@ -61,6 +61,7 @@ impl Worker {
             Sharing::Exits => memory.expect_exits(),
             Sharing::Look => memory.look_outside(),
         }
+        self.note_retry(id);
     }
 
     /// Looks no longer at views whose process made their userfaultfd blocking.
