@@ -194,9 +194,10 @@ fn bench_restore_compares_with_mmap_and_the_naive_handler() {
     let modes: Vec<&str> = rows.iter().map(|row| row["mode"].as_str().unwrap()).collect();
     let on_demand = ["on-demand", "on-demand+fill", "packed", "packed+fill"];
     let known = ["on-demand+profile", "on-demand+wrong", "packed+profile", "layered"];
-    assert_eq!(modes.len(), 13, "{modes:?}");
+    assert_eq!(modes.len(), 15, "{modes:?}");
     let others = ["naive", "mmap", "eager", "in-process+fill", "in-process+huge"];
-    for mode in others.iter().chain(&on_demand).chain(&known) {
+    let remote = ["remote", "remote+profile"];
+    for mode in others.iter().chain(&on_demand).chain(&known).chain(&remote) {
         assert!(modes.contains(mode), "no {mode} in {modes:?}");
     }
     for row in rows {

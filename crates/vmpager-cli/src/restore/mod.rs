@@ -4,8 +4,10 @@
 mod cache;
 pub(crate) mod naive;
 pub(crate) mod process;
+mod server;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
@@ -13,6 +15,7 @@ use vmpager_vm::SnapshotPaths;
 
 pub(crate) use self::cache::{Cache, prepare as prepare_cache, warm_up_memory};
 use self::process::{Running, vmpager};
+use self::server::FileServer;
 use crate::serve::{Prefetch, ServeReport};
 use crate::vm_process::{VmOutcome, monotonic_ns};
 
@@ -46,6 +49,12 @@ pub(crate) enum Mode {
     /// Served by `vmpager serve --image`, from a layer over another image, with an
     /// eighth of the pages.
     Layered,
+    /// Served by `vmpager serve --image` from that image at an HTTP server, which
+    /// answers after a latency.
+    Remote,
+    /// The same, with the image packed with a profile, and the profile.
+    #[value(name = "remote+profile")]
+    RemoteProfile,
     /// By a pager in the VM's process, with background fill.
     #[value(name = "in-process+fill")]
     InProcessFill,
@@ -71,6 +80,8 @@ impl Mode {
             Self::PackedFill => "packed+fill",
             Self::PackedProfile => "packed+profile",
             Self::Layered => "layered",
+            Self::Remote => "remote",
+            Self::RemoteProfile => "remote+profile",
             Self::InProcessFill => "in-process+fill",
             Self::InProcessHuge => "in-process+huge",
             Self::Naive => "naive",
@@ -80,8 +91,8 @@ impl Mode {
     /// The image that memory comes from, if it is not the snapshot's file.
     pub(crate) fn image(self, snapshot: &SnapshotPaths) -> Option<PathBuf> {
         let name = match self {
-            Self::Packed | Self::PackedFill => "vmimg",
-            Self::PackedProfile => "hot.vmimg",
+            Self::Packed | Self::PackedFill | Self::Remote => "vmimg",
+            Self::PackedProfile | Self::RemoteProfile => "hot.vmimg",
             Self::Layered => "layer.vmimg",
             _ => return None,
         };
@@ -96,7 +107,7 @@ impl Mode {
     /// The profile that is replayed.
     pub(crate) fn profile(self, snapshot: &SnapshotPaths) -> Option<PathBuf> {
         let name = match self {
-            Self::OnDemandProfile | Self::PackedProfile => "vmprof",
+            Self::OnDemandProfile | Self::PackedProfile | Self::RemoteProfile => "vmprof",
             Self::OnDemandWrong => "wrong.vmprof",
             _ => return None,
         };
@@ -107,6 +118,10 @@ impl Mode {
     pub(crate) fn files(self, snapshot: &SnapshotPaths) -> Vec<PathBuf> {
         let first = self.image(snapshot).unwrap_or_else(|| snapshot.memory.clone());
         std::iter::once(first).chain(self.base(snapshot)).collect()
+    }
+
+    fn is_remote(self) -> bool {
+        matches!(self, Self::Remote | Self::RemoteProfile)
     }
 
     fn fills(self) -> bool {
@@ -129,6 +144,8 @@ pub(crate) struct Work {
     pub(crate) threads: bool,
     /// What `vmpager serve` brings in beside what is touched, if not its default.
     pub(crate) prefetch: Option<Prefetch>,
+    /// How long an HTTP server takes to begin an answer.
+    pub(crate) latency: Duration,
 }
 
 /// What came of a restore.
@@ -151,7 +168,12 @@ pub(crate) fn restore(
     work: &Work,
 ) -> anyhow::Result<Restored> {
     let socket = scratch.join(format!("{}.sock", mode.name()));
-    let pager = start_pager(mode, snapshot, &socket, work)?;
+    let server = match mode.image(snapshot).filter(|_| mode.is_remote()) {
+        Some(image) => Some(FileServer::start(&image, work.latency)?),
+        None => None,
+    };
+    let image = server.as_ref().map(|server| server.url().into()).or_else(|| mode.image(snapshot));
+    let pager = start_pager(mode, snapshot, image, &socket, work)?;
     let vm = run_vm(mode, snapshot, &socket, work)?;
     outcome(mode, snapshot, vm, pager)
 }
@@ -206,6 +228,7 @@ fn run_vm(
 fn start_pager(
     mode: Mode,
     snapshot: &SnapshotPaths,
+    image: Option<PathBuf>,
     socket: &Path,
     work: &Work,
 ) -> anyhow::Result<Option<Running>> {
@@ -216,7 +239,7 @@ fn start_pager(
     };
     args.extend(mode.fills().then(|| "--background-fill".into()));
     args.extend(["--socket".into(), socket.into()]);
-    match mode.image(snapshot) {
+    match image {
         Some(image) => args.extend(["--image".into(), image]),
         None => args.extend(["--memory".into(), snapshot.memory.clone()]),
     }

@@ -4,6 +4,7 @@ mod report;
 mod subject;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::bail;
 
@@ -21,7 +22,8 @@ use crate::vm_process::{GuestCpu, millis};
     vmpager bench restore --touches 24576 --cache warm --rounds 5 --json\n  \
     vmpager bench restore --memory 256M,1G,4G,16G --filled 64M --modes mmap,on-demand\n  \
     vmpager bench restore --state vm.state --memory-file vm.mem\n  \
-    vmpager bench restore --memory 1G --modes mmap,packed,packed+profile --cache cold\n\n\
+    vmpager bench restore --memory 1G --modes mmap,packed,packed+profile --cache cold\n  \
+    vmpager bench restore --modes packed,remote,remote+profile --remote-latency-ms 20\n\n\
     Rounds are interleaved; each number is the median of its rounds. Ratios are of the\n\
     time from the start of the VM's process to the end of its work: below 1 is faster.\n\
     memslot_ms is the time in which KVM accepts as much memory in a VM that has nothing\n\
@@ -67,6 +69,10 @@ pub(crate) struct RestoreArgs {
     /// Their frames.
     #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = size::parse)]
     frame_size: u64,
+    /// How long the server of the remote ways takes to begin an answer: on loopback, in
+    /// this process.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 2)]
+    remote_latency_ms: u64,
     /// Rounds.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -81,7 +87,7 @@ pub(crate) struct RestoreArgs {
     json: bool,
 }
 
-const MODES: [Mode; 13] = [
+const MODES: [Mode; 15] = [
     Mode::Naive,
     Mode::Mmap,
     Mode::OnDemand,
@@ -92,6 +98,8 @@ const MODES: [Mode; 13] = [
     Mode::PackedFill,
     Mode::PackedProfile,
     Mode::Layered,
+    Mode::Remote,
+    Mode::RemoteProfile,
     Mode::InProcessFill,
     Mode::InProcessHuge,
     Mode::Eager,
@@ -157,5 +165,6 @@ fn work(args: &RestoreArgs, subject: &Subject, seed: u64) -> Work {
         threads: subject.vm == "threads",
         run_ms: Some(args.run_ms),
         prefetch: args.prefetch,
+        latency: Duration::from_millis(args.remote_latency_ms),
     }
 }
