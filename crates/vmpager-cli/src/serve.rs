@@ -101,7 +101,7 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) collapse: bool,
     /// What to bring in beside a page that was touched.
-    #[arg(long, value_enum, default_value_t = Prefetch::Adaptive)]
+    #[arg(long, value_enum, default_value_t = Prefetch::Mixed)]
     pub(crate) prefetch: Prefetch,
     /// Threads that serve [default: one per CPU, 4 at most].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]

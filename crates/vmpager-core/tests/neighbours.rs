@@ -25,7 +25,10 @@ impl Guest {
         let slot = Slot { hva: Hva(HVA), len, source_offset: 0, page_size: PageSize::Size4K };
         let slots = SlotSet::new(&[slot], len).unwrap();
         let words = (0..words_for(slots.pages())).map(|_| AtomicU64::new(0)).collect();
-        Self { engine: Engine::new(slots, words, NeighbourPolicy::default()), faults: 0 }
+        Self {
+            engine: Engine::new(slots, words, NeighbourPolicy::Adaptive { first_window_shift: 0 }),
+            faults: 0,
+        }
     }
 
     /// Says of `count` pages in every `of` that they are a hole of the source.

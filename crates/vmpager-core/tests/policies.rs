@@ -52,7 +52,7 @@ fn step() -> impl Strategy<Value = Step> {
 fn policy() -> impl Strategy<Value = NeighbourPolicy> {
     prop_oneof![
         Just(NeighbourPolicy::Off),
-        Just(NeighbourPolicy::default()),
+        Just(NeighbourPolicy::Adaptive { first_window_shift: 0 }),
         Just(NeighbourPolicy::Strides),
         Just(NeighbourPolicy::Mixed),
     ]

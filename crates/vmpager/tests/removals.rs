@@ -29,7 +29,7 @@ impl Style {
     fn of_round(round: usize) -> Self {
         let window = match round % 3 {
             0 => NeighbourPolicy::Off,
-            1 => NeighbourPolicy::default(),
+            1 => NeighbourPolicy::Mixed,
             _ => NeighbourPolicy::Adaptive { first_window_shift: 5 },
         };
         Self { fill: round & 1 == 0, cold: round & 2 == 0, window }

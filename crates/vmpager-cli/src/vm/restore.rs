@@ -85,7 +85,7 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "MICROSECONDS|FROM-TO", value_parser = delay, conflicts_with = "pager")]
     source_delay: Option<RangeInclusive<Duration>>,
     /// What comes along with a page that is touched.
-    #[arg(long, value_enum, default_value_t = Prefetch::Adaptive, conflicts_with = "pager")]
+    #[arg(long, value_enum, default_value_t = Prefetch::Mixed, conflicts_with = "pager")]
     neighbours: Prefetch,
     /// Have guest memory in huge pages of 2 MiB.
     #[arg(long, requires = "pager")]
@@ -203,7 +203,7 @@ impl RestoreArgs {
             (self.exit_mechanism.is_some(), "--exit-mechanism"),
             (self.async_pf.is_some(), "--async-pf"),
             (self.source_delay.is_some(), "--source-delay"),
-            (self.neighbours != Prefetch::Adaptive, "--neighbours"),
+            (self.neighbours != Prefetch::Mixed, "--neighbours"),
         ];
         given.into_iter().find(|(is_given, _)| *is_given).map(|(_, name)| name)
     }

@@ -120,7 +120,7 @@ fn installed_parts_are_no_longer_claimed() {
 #[test]
 fn an_address_outside_every_slot_has_no_plan() {
     let slots = [slot(HVA, 4, 0), slot(HVA + 5 * 4096, 4, 4 * 4096)];
-    let mut world = World::new(&slots, &[], NeighbourPolicy::default());
+    let mut world = World::new(&slots, &[], NeighbourPolicy::Adaptive { first_window_shift: 0 });
     for hva in [0, HVA - 1, HVA + 4 * 4096, HVA + 9 * 4096, u64::MAX] {
         assert_eq!(world.engine.fault(Hva(hva)), None, "{hva:#x}");
     }
@@ -131,7 +131,8 @@ fn an_address_outside_every_slot_has_no_plan() {
 /// end with their 2 MiB.
 #[test]
 fn the_fill_completes_alone() {
-    let mut world = World::new(&[slot(HVA, 700, 0)], &[], NeighbourPolicy::default());
+    let mut world =
+        World::new(&[slot(HVA, 700, 0)], &[], NeighbourPolicy::Adaptive { first_window_shift: 0 });
     let mut pieces = Vec::new();
     loop {
         let piece = world.engine.fill_piece();
