@@ -27,7 +27,8 @@ use crate::output;
     that answers any number of reads at once. Touches that were recorded from several\n\
     vCPUs come from one here.")]
 pub(crate) struct PrefetchArgs {
-    /// A profile as a trace; may be given more than once [default: generated traces].
+    /// A profile as a trace; may be given more than once [default: a Linux guest, and
+    /// generated ones].
     #[arg(long, value_name = "PROFILE")]
     trace: Vec<PathBuf>,
     /// What is brought in unasked [default: all of them].
@@ -45,7 +46,7 @@ pub(crate) struct PrefetchArgs {
     /// Megabytes a second that the source sends, all reads together.
     #[arg(long, value_name = "MB/S", default_value_t = 2000.0, value_parser = rate)]
     source_mb_s: f64,
-    /// What a guest computes between two first touches, in generated traces.
+    /// What a guest computes between two first touches, in the traces of the default.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 1.0, value_parser = duration)]
     think_us: f64,
     /// Print one JSON object instead of text.
@@ -172,7 +173,7 @@ pub(crate) fn run(args: &PrefetchArgs) -> anyhow::Result<()> {
     };
     let each = costs.fault + costs.page + costs.latency;
     let traces = match &args.trace[..] {
-        [] => Trace::all_generated(nanoseconds(args.think_us)),
+        [] => Trace::known(nanoseconds(args.think_us))?,
         given => given.iter().map(|path| Trace::recorded(path, each)).collect::<Result<_, _>>()?,
     };
     let policies = args.policies.clone();

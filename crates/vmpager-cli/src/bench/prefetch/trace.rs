@@ -22,6 +22,9 @@ pub(super) struct Trace {
     pub(super) touches: Vec<Touch>,
 }
 
+/// A Linux guest's, how it was made: `docs/profile.md`.
+const LINUX: &[u8] = include_bytes!("linux.vmprof");
+
 /// Pages of the generated traces' memory: 64 MiB.
 const PAGES: u32 = 16_384;
 
@@ -37,10 +40,16 @@ impl Trace {
             Touch { page: page.page, think_ns: passed.saturating_sub(fault_ns) }
         });
         let touches = touches.collect();
-        // As many as 32 bits count.
-        let memory_pages = profile.memory().memory_bytes().div_ceil(4096);
-        let memory_pages = u32::try_from(memory_pages).unwrap_or(u32::MAX);
-        Ok(Self { name: shown(path), memory_pages, touches })
+        Ok(Self { name: shown(path), memory_pages: memory_pages(&profile), touches })
+    }
+
+    /// What a Linux guest touched after a restore. It was an emulated machine's, so
+    /// that only the order is taken from it.
+    fn linux(think_ns: u64) -> anyhow::Result<Self> {
+        let profile = Profile::decode(LINUX, Path::new("linux.vmprof"))?;
+        let touches = profile.pages().iter().map(|page| Touch { page: page.page, think_ns });
+        let touches = touches.collect();
+        Ok(Self { name: "linux".into(), memory_pages: memory_pages(&profile), touches })
     }
 
     fn generated(name: &str, pages: impl Iterator<Item = u32>, think_ns: u64) -> Self {
@@ -50,13 +59,14 @@ impl Trace {
         Self { name: name.into(), memory_pages: PAGES, touches }
     }
 
-    /// Guests of all kinds.
-    pub(super) fn all_generated(think_ns: u64) -> Vec<Self> {
+    /// A Linux guest, and generated ones of all kinds.
+    pub(super) fn known(think_ns: u64) -> anyhow::Result<Vec<Self>> {
         let half = PAGES / 2;
         let random = shuffled();
         let streams = streams(2000);
         let mixed = streams.clone().zip(random.clone()).flat_map(|(a, b)| [a, b]);
-        vec![
+        Ok(vec![
+            Self::linux(think_ns)?,
             Self::generated("sequential", 0..half, think_ns),
             Self::generated("backward", (0..half).rev(), think_ns),
             Self::generated("strided", (0..PAGES).step_by(12), think_ns),
@@ -64,7 +74,7 @@ impl Trace {
             Self::generated("mixed", mixed, think_ns),
             Self::generated("sparse", random.clone().take(1000), think_ns),
             Self::generated("random", random, think_ns),
-        ]
+        ])
     }
 
     /// As many pages, in the same order, elsewhere: what another guest touches.
@@ -76,6 +86,11 @@ impl Trace {
         let moved = self.touches.iter().map(|touch| (touch.page + half) % self.memory_pages);
         moved.filter(|page| !own[*page as usize]).collect()
     }
+}
+
+/// As many as 32 bits count.
+fn memory_pages(profile: &Profile) -> u32 {
+    u32::try_from(profile.memory().memory_bytes().div_ceil(4096)).unwrap_or(u32::MAX)
 }
 
 /// Four threads, each in a quarter of the memory: forward, backward, by steps of
