@@ -286,11 +286,6 @@ impl<W: Words> Engine<W> {
         next_of(&self.pages, &mut self.neighbours, most)
     }
 
-    /// Whether there are any left.
-    pub fn has_neighbours(&self) -> bool {
-        self.neighbours.next().is_some()
-    }
-
     /// Brings in these ranges of the source before others, in this order: what a
     /// profile says the guest will touch. Zero pages among them get memory.
     pub fn replay(&mut self, order: &[ByteRange]) {

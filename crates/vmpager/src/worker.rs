@@ -383,11 +383,8 @@ impl Worker {
                 Ok(Command::Sharing(id, what)) => self.share(id, what),
                 Ok(Command::Bring(id, run)) => {
                     let Some(memory) = self.memories.get_mut(&id) else { continue };
-                    match memory.bring(run, &mut self.reads) {
-                        // What is near has its turn.
-                        Ok(()) if !self.hot.contains(&id) => self.hot.push(id),
-                        Ok(()) => {}
-                        Err(lost) => self.lose(id, lost),
+                    if let Err(lost) = memory.bring(run, &mut self.reads) {
+                        self.lose(id, lost);
                     }
                     self.note_retry(id);
                 }

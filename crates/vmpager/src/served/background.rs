@@ -227,12 +227,6 @@ impl Served {
     /// One piece of the replay of a profile, or of the background fill.
     pub(crate) fn fill(&mut self, reads: &mut Reads) -> Result<Filled, Lost> {
         if self.is_replaying() {
-            // What is near goes first: else, while faults keep coming, a profile that
-            // is wrong takes the place of what would save the next ones. They are
-            // brought as soon as no fault is pending.
-            if self.engine.has_neighbours() {
-                return Ok(Filled::Wait);
-            }
             let some = self.replay(reads)?;
             return Ok(if some { Filled::Some } else { Filled::Wait });
         }
