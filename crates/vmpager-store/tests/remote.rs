@@ -41,8 +41,12 @@ impl World {
     }
 
     fn of(pages: &[Page]) -> Self {
+        Self::with_memory(memory::memory(pages))
+    }
+
+    fn with_memory(memory: Vec<u8>) -> Self {
         let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let world = Self { dir, server: Server::new(), memory: memory::memory(pages) };
+        let world = Self { dir, server: Server::new(), memory };
         let bytes = world.pack("image", &world.memory);
         world.server.put("image", bytes, Some("\"1\""));
         world
@@ -197,7 +201,14 @@ fn an_open_costs_two_requests_and_neighbours_come_with_one() {
 /// demand is asked for before any further piece of the fill.
 #[test]
 fn demands_go_before_the_fill() {
-    let world = World::of(&(0..=199).cycle().take(600).map(Page::Noise).collect::<Vec<_>>());
+    // 16 MiB of distinct pages.
+    let mut memory = Vec::new();
+    for n in 0..4096_u16 {
+        let mut page = memory::page(Page::Noise((n % 250).to_le_bytes()[0]));
+        page[..2].copy_from_slice(&n.to_le_bytes());
+        memory.extend(page);
+    }
+    let world = World::with_memory(memory);
     let held = Arc::new(AtomicBool::new(true));
     let image = world.open();
     let hold = Arc::clone(&held);
@@ -207,33 +218,33 @@ fn demands_go_before_the_fill() {
         }
         None
     });
-    let readers: Vec<_> = (0..4)
-        .map(|n| {
-            let mut reader = reader(&image);
-            for piece in 0..4 {
-                let range = pages(n * 120 + piece * 30, 30);
-                reader.submit(request(piece, range, Priority::Fill));
-            }
-            reader
-        })
-        .collect();
+    // Pieces too far from each other to come together, more than there are threads.
+    let piece = |n: u64, nth: u64| pages(n * 1000 + nth * 200, 1);
+    let fill = |n| {
+        let mut reader = reader(&image);
+        (0..4).for_each(|nth| reader.submit(request(nth, piece(n, nth), Priority::Fill)));
+        reader
+    };
+    let readers: Vec<_> = (0..4).map(fill).collect();
     let until = Instant::now() + Duration::from_secs(20);
-    while world.server.requests().len() < 4 {
-        assert!(Instant::now() < until);
-        std::thread::yield_now();
-    }
+    let wait_for_requests = |count: usize, what: &str| {
+        while world.server.requests().len() < count {
+            assert!(Instant::now() < until, "{what}");
+            std::thread::yield_now();
+        }
+    };
+    wait_for_requests(6, "two to open it, and four for the fill");
     let mut urgent = reader(&image);
-    urgent.submit(request(9, pages(590, 1), Priority::Demand));
-    while world.server.requests().len() < 5 {
-        assert!(Instant::now() < until, "a demand waits for the fill");
-        std::thread::yield_now();
-    }
+    urgent.submit(request(9, pages(4090, 1), Priority::Demand));
+    wait_for_requests(7, "a demand waits for the fill");
+    let asked = world.server.requests().pop().unwrap().range.unwrap();
+    assert!(asked.start > 15 << 20, "what the demand is for, not {asked:?}");
     held.store(false, Ordering::Relaxed);
     let (_, bytes) = wait_for(&mut *urgent, 1).remove(0);
-    assert_eq!(bytes.unwrap(), world.memory[span(pages(590, 1))]);
+    assert_eq!(bytes.unwrap(), world.memory[span(pages(4090, 1))]);
     for (n, mut reader) in readers.into_iter().enumerate() {
-        for (piece, bytes) in wait_for(&mut *reader, 4) {
-            let range = pages(n as u64 * 120 + piece * 30, 30);
+        for (nth, bytes) in wait_for(&mut *reader, 4) {
+            let range = piece(n as u64, nth);
             assert!(bytes.unwrap() == world.memory[span(range)], "{range}");
         }
     }
