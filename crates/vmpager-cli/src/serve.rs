@@ -19,8 +19,9 @@ use tracing::{error, info};
 use vmpager::core::PageSource;
 use vmpager::daemon::DaemonEvent;
 use vmpager::metrics::Endpoint;
+use vmpager::sandbox;
 use vmpager::{
-    Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperEnd, KeeperLink, NeighbourPolicy,
+    Access, Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperEnd, KeeperLink, NeighbourPolicy,
     ServeOptions, SessionSummary,
 };
 use vmpager_store::RawFile;
@@ -57,6 +58,8 @@ use crate::{output, size};
     --max-reads and --bandwidth limit what each may take:\n  \
     vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --background-fill \\\n      \
     --max-sessions 200 --bandwidth 256M/s\n\n\
+    For VMMs that run as other users, each as its own (see docs/security.md):\n  \
+    vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --allow-gid 995\n\n\
     The memory file must not change meanwhile.\n\
     SIGTERM and SIGINT stop it: what is in flight is finished first, and each VM\n\
     that still misses memory is named.\n\n\
@@ -68,6 +71,8 @@ pub(crate) struct ServeArgs {
     /// Unix socket to listen on; it exists once VMMs may connect.
     #[arg(long, value_name = "SOCKET")]
     pub(crate) socket: PathBuf,
+    #[command(flatten)]
+    pub(crate) access: AccessArgs,
     /// The memory file of the snapshot.
     #[arg(long, value_name = "FILE", required_unless_present = "image")]
     pub(crate) memory: Option<PathBuf>,
@@ -134,12 +139,54 @@ pub(crate) struct ServeArgs {
     /// must serve the same, and ends with status 0.
     #[arg(long)]
     pub(crate) replace: bool,
+    /// Let the worker make any system call, for debugging. Otherwise it can make those
+    /// that serving takes, and others fail with EPERM (docs/security.md).
+    #[arg(long)]
+    pub(crate) no_seccomp: bool,
     /// Be the process that serves, for the keeper at standard input.
     #[arg(long, hide = true)]
     pub(crate) kept: bool,
     /// Print one JSON object with all sessions when it stops.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Who may connect.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct AccessArgs {
+    /// Admit VMMs of this user, by number; may be repeated. Root and the user of the
+    /// daemon are admitted, too, and others no longer. Without it, and without
+    /// --allow-gid, whoever the socket's file lets in is.
+    #[arg(long, value_name = "UID")]
+    pub(crate) allow_uid: Vec<u32>,
+    /// Admit VMMs that run with this group, by number; may be repeated.
+    #[arg(long, value_name = "GID")]
+    pub(crate) allow_gid: Vec<u32>,
+    /// Permissions of the socket's file, in octal; to connect is to write. [default:
+    /// by the umask; with --allow-uid or --allow-gid, 666]
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub(crate) socket_mode: Option<u32>,
+    /// The group of the socket's file, by number.
+    #[arg(long, value_name = "GID")]
+    pub(crate) socket_group: Option<u32>,
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("give three octal digits, as in 660".into()),
+    }
+}
+
+impl From<&AccessArgs> for Access {
+    fn from(args: &AccessArgs) -> Self {
+        Self {
+            uids: args.allow_uid.clone(),
+            gids: args.allow_gid.clone(),
+            mode: args.socket_mode,
+            group: args.socket_group,
+        }
+    }
 }
 
 /// What to bring in beside a page that was touched.
@@ -204,6 +251,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     if !args.kept {
         return keep(args);
     }
+    sandbox::give_up_rights(args.collapse)?;
     let channel = io::stdin().as_fd().try_clone_to_owned()?;
     let keeper = KeeperLink::meet(channel).context("--kept is for the keeper to give")?;
     let mut report = serve_for(args, Some(keeper))?;
@@ -224,6 +272,7 @@ fn keep(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let open = |path: &Path| rustix::fs::open(path, flags, Mode::empty()).ok();
     config.sources = args.source_paths().map_while(open).collect();
+    config.access = Access::from(&args.access);
     config.replace = args.replace;
     config.metrics.clone_from(&args.metrics);
     let keeper = Keeper::new(config)?;
@@ -255,6 +304,7 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
     let (source, memory) = open(args, &held)?;
     let learning = Learning::open(args, &memory)?;
     let mut config = DaemonConfig::new(&args.socket, source);
+    config.access = Access::from(&args.access);
     config.options = ServeOptions {
         background_fill: args.background_fill,
         huge_pages: args.collapse,
@@ -273,7 +323,12 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
     let workers = config.workers;
 
     let daemon = match keeper {
-        Some(keeper) => Daemon::kept(config, keeper)?,
+        Some(keeper) => {
+            if !args.no_seccomp {
+                sandbox::filter_calls()?;
+            }
+            Daemon::kept(config, keeper)?
+        }
         None => Daemon::bind(config)?,
     };
     stop_by_signals(|| daemon.stopper())?;

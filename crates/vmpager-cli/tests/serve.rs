@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -234,7 +234,8 @@ fn a_killed_worker_is_replaced_and_its_keeper_ends_as_told() {
     let text = stderr(&output);
     assert!(output.status.success(), "{text}");
     assert!(text.contains("the worker process ended (signal: 9"), "{text}");
-    assert_eq!(text.matches("ready").count(), 2, "{text}");
+    // The first may have been killed before it said so, too.
+    assert!(text.contains("ready"), "{text}");
     assert!(!Path::new(&socket).exists());
 }
 
@@ -285,11 +286,7 @@ fn a_daemon_is_replaced_by_one_that_serves_the_same() {
     assert!(Path::new(&socket).exists(), "VMs find the new one where the old one was");
     (&vm).write_all(b"nonsense").unwrap();
     vm.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    // What it said is left unread: the kernel may call that a reset.
-    let refused = match std::io::Read::read(&mut &vm, &mut [0]) {
-        Ok(bytes) => bytes == 0,
-        Err(error) => error.kind() == ErrorKind::ConnectionReset,
-    };
+    let refused = matches!(std::io::Read::read(&mut &vm, &mut [0]), Ok(0));
     let output = terminate(new);
     assert!(refused, "the new one refuses it");
     assert!(output.status.success(), "{}", stderr(&output));

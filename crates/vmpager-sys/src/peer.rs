@@ -5,8 +5,9 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -56,7 +57,7 @@ pub fn recv_with_fds(
     into: &mut [u8],
     fds: &mut Vec<OwnedFd>,
 ) -> io::Result<usize> {
-    receive(socket.as_fd(), into, fds, RecvFlags::empty())
+    Ok(receive(socket.as_fd(), into, fds, RecvFlags::empty())?.0)
 }
 
 /// The same, but leaves everything where it is: whoever holds the socket after
@@ -65,21 +66,29 @@ pub fn recv_with_fds(
 ///
 /// # Errors
 ///
-/// As [`recv_with_fds`].
+/// As [`recv_with_fds`]; EMFILE if there were descriptors of which this process could
+/// not take all, having too many.
 pub fn look_with_fds(
     socket: impl AsFd,
     into: &mut [u8],
     fds: &mut Vec<OwnedFd>,
 ) -> io::Result<usize> {
-    receive(socket.as_fd(), into, fds, RecvFlags::PEEK)
+    let before = fds.len();
+    let (bytes, truncated) = receive(socket.as_fd(), into, fds, RecvFlags::PEEK)?;
+    if truncated && fds.len() - before < MAX_DESCRIPTORS {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
+    }
+    Ok(bytes)
 }
 
+/// Returns the number of bytes, and whether there were more descriptors than were
+/// taken.
 fn receive(
     socket: BorrowedFd<'_>,
     into: &mut [u8],
     fds: &mut Vec<OwnedFd>,
     flags: RecvFlags,
-) -> io::Result<usize> {
+) -> io::Result<(usize, bool)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = flags | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -94,7 +103,7 @@ fn receive(
             fds.extend(received);
         }
     }
-    Ok(received.bytes)
+    Ok((received.bytes, received.flags.contains(ReturnFlags::CTRUNC)))
 }
 
 /// Sets how far from the start of what was ever sent the next look begins
@@ -131,19 +140,87 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Asks the socket. Prefers SO_PEERPIDFD (Linux 6.5), which cannot name a
-    /// recycled pid, over opening the pid of SO_PEERCRED.
+    /// Asks the socket. SO_PEERPIDFD (Linux 6.5) cannot name a recycled pid; the pid
+    /// of SO_PEERCRED can, if the peer has exited by now, and is opened only where the
+    /// kernel has nothing better.
     ///
     /// # Errors
     ///
     /// If the socket is not connected.
     pub fn of(socket: impl AsFd) -> io::Result<Self> {
         let cred = rustix::net::sockopt::socket_peercred(&socket)?;
-        let pidfd = peer_pidfd(socket.as_fd())
-            .or_else(|_| pidfd_open(cred.pid, PidfdFlags::empty()).map_err(io::Error::from))
-            .ok();
+        let pidfd = match peer_pidfd(socket.as_fd()) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+                pidfd_open(cred.pid, PidfdFlags::empty()).map_err(io::Error::from)
+            }
+            // It may have exited: then nobody else is taken for it.
+            asked => asked,
+        };
+        let pidfd = pidfd.ok();
         Ok(Self { pid: Pid::as_raw(Some(cred.pid)), uid: cred.uid.as_raw(), pidfd })
     }
+}
+
+/// The groups of the process at the other end of a socket when it connected: its
+/// own, then those it was a member of.
+///
+/// # Errors
+///
+/// If the socket is not connected.
+pub fn groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
+    let own = rustix::net::sockopt::socket_peercred(&socket)?.gid.as_raw();
+    let mut groups = vec![0_u32; 64];
+    loop {
+        let mut len = libc::socklen_t::try_from(groups.len() * 4).map_err(io::Error::other)?;
+        // SAFETY: the option writes at most `len` bytes, for which `groups` has space.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut len,
+            )
+        };
+        let needed = usize::try_from(len).map_err(io::Error::other)? / 4;
+        let error = io::Error::last_os_error();
+        if result == 0 {
+            groups.truncate(needed);
+            groups.insert(0, own);
+            return Ok(groups);
+        }
+        if error.raw_os_error() != Some(libc::ERANGE) || needed <= groups.len() {
+            return Err(error);
+        }
+        groups.resize(needed, 0);
+    }
+}
+
+/// Ends a connection, whoever else holds this end of it open. What was sent and not
+/// received is dropped first, descriptors included: the kernel would call its loss a
+/// reset, where the other end is to see the end.
+///
+/// # Errors
+///
+/// If the socket is no longer connected.
+pub fn end(socket: impl AsFd) -> io::Result<()> {
+    rustix::net::shutdown(&socket, rustix::net::Shutdown::Both)?;
+    // No more comes now.
+    let mut dropped = [0_u8; 16 * 1024];
+    loop {
+        match rustix::net::recv(&socket, dropped.as_mut_slice(), RecvFlags::DONTWAIT) {
+            Ok((0, _)) | Err(rustix::io::Errno::AGAIN) => return Ok(()),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Whether the process of a pidfd has exited.
+pub fn has_exited(pidfd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
 }
 
 /// A pidfd of this process.

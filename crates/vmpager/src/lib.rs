@@ -11,6 +11,7 @@
 //! | [`pager`] | the pager inside a VMM: own memory, own source |
 //! | [`daemon`] | the pager beside VMMs: a socket, sessions, workers |
 //! | [`keeper`] | the process that holds what a daemon must not lose |
+//! | [`sandbox`] | what a worker gives up before it listens to anybody |
 //! | [`handshake`] | Firecracker's handler protocol |
 //! | [`metrics`] | what a daemon shows of itself |
 //! | [`stats`] | what a session did, as numbers |
@@ -34,13 +35,14 @@ pub mod pager;
 mod placement;
 mod polling;
 mod reads;
+pub mod sandbox;
 mod served;
 mod shared;
 pub mod stats;
 mod worker;
 
 pub use attach::{Attached, Door, SharedRegion};
-pub use daemon::{Daemon, DaemonConfig, DaemonError, KeeperLink};
+pub use daemon::{Access, Daemon, DaemonConfig, DaemonError, KeeperLink};
 pub use installer::Installer;
 pub use keeper::{Keeper, KeeperConfig, KeeperEnd, KeeperError};
 pub use pager::{Pager, PagerBuilder, PagerError};

@@ -9,7 +9,7 @@ use super::Summary;
 use crate::image::{Parents, shown};
 use crate::remote::RemoteArgs;
 use crate::serve::limits::Limits;
-use crate::serve::{Prefetch, ServeArgs, serve};
+use crate::serve::{AccessArgs, Prefetch, ServeArgs, serve};
 
 /// Options of `vmpager profile record`.
 #[derive(Clone, Debug, clap::Args)]
@@ -44,6 +44,7 @@ pub(crate) struct RecordArgs {
 
 pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
     let report = serve(&ServeArgs {
+        access: AccessArgs::default(),
         socket: args.socket.clone(),
         memory: args.memory.clone(),
         image: args.image.clone(),
@@ -65,6 +66,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         attach: None,
         once: true,
         replace: false,
+        no_seccomp: false,
         kept: false,
         json: false,
     })?;

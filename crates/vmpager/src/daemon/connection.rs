@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 use vmpager_core::{PageSource, Slot, SlotSet};
 use vmpager_sys::peer::{
-    Peer, fd_kind, holds_userfaultfd, is_userfaultfd, look_from, look_with_fds,
+    Peer, end, fd_kind, has_exited, holds_userfaultfd, is_userfaultfd, look_from, look_with_fds,
 };
 use vmpager_sys::uffd::Userfaultfd;
 
@@ -96,6 +96,8 @@ pub(super) struct Connection {
     had_session: bool,
     /// Bytes of memory it has handed over and that may be served yet.
     handed_over: u64,
+    /// It sent descriptors that this process had no room for: they are in its socket.
+    left_there: bool,
     /// Its pidfd says it exited, yet its memory was still there.
     seems_gone: bool,
     /// What was counted of memories of its session that have ended.
@@ -131,6 +133,7 @@ impl Connection {
             doors: Vec::new(),
             had_session: known > 0,
             handed_over: 0,
+            left_there: false,
             seems_gone: false,
             tally: None,
         })
@@ -173,7 +176,9 @@ impl Connection {
     /// Whether the peer would freeze rather than read zeroes if this process
     /// closed its userfaultfds.
     pub(super) fn peer_holds_userfaultfd(&self) -> bool {
-        holds_userfaultfd(self.peer.pid)
+        // Whoever has its number by now is not asked.
+        let lives = self.pidfd().map_or(!self.seems_gone, |pidfd| !has_exited(pidfd));
+        lives && holds_userfaultfd(self.peer.pid)
     }
 
     /// Reads once. Descriptors belong to the message whose first byte they
@@ -187,7 +192,10 @@ impl Connection {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Arrival::Nothing),
             // The peer died with bytes of ours unread: as good as hanging up.
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(Arrival::HangUp),
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                self.left_there = true;
+                return Err(error.into());
+            }
         };
         if self.fds.len() + self.refused.len() + self.memories.len() > MAX_HELD {
             return Err(ReceiveError::TooManyDescriptors);
@@ -357,13 +365,16 @@ impl Connection {
 
     /// Listens no longer; holds on to what would otherwise turn into zeroes.
     pub(super) fn refuse(&mut self) {
-        if let Some(socket) = self.socket.take() {
-            // A keeper may hold it open.
-            let _ = socket.shutdown(std::net::Shutdown::Both);
-        }
         self.deadline = None;
         self.refused.append(&mut self.fds);
         self.refused.retain(|fd| is_userfaultfd(fd.as_fd()));
+        let Some(socket) = self.socket.take() else { return };
+        // A keeper may hold it open, and what is in it, for whoever takes over. It may
+        // have been closed by the peer.
+        let _ = match self.is_done() {
+            true => end(&socket),
+            false => socket.shutdown(std::net::Shutdown::Both),
+        };
     }
 
     /// Keeps a memory that can be served no longer.
@@ -375,11 +386,12 @@ impl Connection {
     pub(super) fn let_go_of_refused(&mut self) {
         self.refused.clear();
         self.failed.clear();
+        self.left_there = false;
     }
 
     /// Whether nothing more can come of this connection.
     pub(super) fn is_done(&self) -> bool {
-        let holds = !self.refused.is_empty() || !self.failed.is_empty();
+        let holds = !self.refused.is_empty() || !self.failed.is_empty() || self.left_there;
         let waits_for_exit = holds && self.peer.pidfd.is_some();
         self.socket.is_none() && self.memories.is_empty() && !waits_for_exit
     }

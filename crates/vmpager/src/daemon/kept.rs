@@ -102,7 +102,13 @@ impl Daemon {
         match message.kind {
             Kind::Peer => {
                 let mut fds = message.fds.into_iter();
-                let socket = fds.next().ok_or(io::ErrorKind::InvalidData)?;
+                let Some(socket) = fds.next() else {
+                    self.front.forget(peer);
+                    return Err(io::Error::other(
+                        "a VM is refused: this process has no descriptor left (ulimit -n, \
+                         LimitNOFILE=)",
+                    ));
+                };
                 let [pid, uid] = [who, who >> 32].map(|half| half & 0xffff_ffff);
                 let pid = i32::try_from(pid).unwrap_or(0);
                 let uid = u32::try_from(uid).unwrap_or(u32::MAX);

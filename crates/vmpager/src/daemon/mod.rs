@@ -6,6 +6,7 @@
 //! nothing else. A peer can therefore keep the control thread busy, but not
 //! slow down anybody's faults.
 
+mod access;
 mod connection;
 mod doors;
 mod front;
@@ -25,13 +26,14 @@ use crossbeam_channel::Receiver;
 use rustix::event::{Timespec, epoll};
 use tracing::{error, info, warn};
 use vmpager_core::PageSource;
-use vmpager_sys::peer::Peer;
+use vmpager_sys::peer::{Peer, end};
 
+pub use self::access::Access;
 use self::connection::{Arrival, Connection};
 use self::front::Front;
 pub use self::kept::KeeperLink;
 pub use self::listener::listen;
-pub(crate) use self::listener::{beside, listen_with, unlisten};
+pub(crate) use self::listener::{beside, listen_with, permit, unlisten};
 use crate::kill;
 use crate::metrics::{self, Board};
 use crate::reads::MemoryId;
@@ -46,6 +48,8 @@ use crate::worker::{
 pub struct DaemonConfig {
     /// Where VMMs connect.
     pub socket: PathBuf,
+    /// Which of them may.
+    pub access: Access,
     /// Where page contents come from.
     pub source: Arc<dyn PageSource>,
     /// How memory is served.
@@ -79,6 +83,7 @@ impl DaemonConfig {
     pub fn new(socket: impl Into<PathBuf>, source: Arc<dyn PageSource>) -> Self {
         Self {
             socket: socket.into(),
+            access: Access::default(),
             source,
             options: ServeOptions::default(),
             workers: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
@@ -178,7 +183,7 @@ impl Daemon {
     /// system refuses what a worker needs.
     pub fn bind(config: DaemonConfig) -> Result<Self, DaemonError> {
         let workers = Workers::start(&config)?;
-        let front = Front::Listener(listen(&config.socket)?);
+        let front = Front::Listener(listen_with(&config.socket, &config.access, || Ok(()))?.0);
         Self::new(config, front, workers)
     }
 
@@ -303,10 +308,7 @@ impl Daemon {
         while self.connections.len() < self.config.max_connections {
             match listener.accept() {
                 Ok((socket, _)) => {
-                    let peer = Peer::of(&socket);
-                    let id = self.next_connection;
-                    self.next_connection += 1;
-                    if let Err(error) = peer.and_then(|peer| self.welcome(id, socket, peer, 0)) {
+                    if let Err(error) = self.meet(socket) {
                         warn!("a peer was turned away: {error}");
                     }
                     return;
@@ -323,6 +325,19 @@ impl Daemon {
         // over and over.
         let _ = epoll::delete(&self.epoll, listener);
         self.accept_at = Some(Instant::now() + ACCEPT_PAUSE);
+    }
+
+    /// Somebody has come to this process's own socket.
+    fn meet(&mut self, socket: UnixStream) -> io::Result<()> {
+        let peer = Peer::of(&socket)?;
+        let (peer_pid, peer_uid) = (peer.pid, peer.uid);
+        if let Err(problem) = self.config.access.admit(&socket, &peer) {
+            error!(peer_pid, peer_uid, "refused: {problem}");
+            return end(&socket);
+        }
+        let id = self.next_connection;
+        self.next_connection += 1;
+        self.welcome(id, socket, peer, 0)
     }
 
     /// A peer has come, which another process knew `known` messages of.

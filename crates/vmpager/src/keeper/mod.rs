@@ -24,6 +24,7 @@
 //! If the keeper itself is killed, its worker goes on serving the VMs it has and
 //! takes no new ones; nobody is left to take over from it.
 
+mod gate;
 mod handover;
 mod message;
 mod shown;
@@ -40,11 +41,12 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{error, info, warn};
 
+use self::gate::Gate;
 use self::handover::{Control, Predecessor, give};
 pub(crate) use self::message::{Kind, Message, receive, send};
 use self::shown::Shown;
 use self::table::{Entry, Table};
-use crate::daemon::{DaemonError, listen_with};
+use crate::daemon::{Access, DaemonError};
 use crate::metrics::{Endpoint, EndpointError};
 
 /// The layouts that a worker reads and writes: of page maps, and of records.
@@ -57,12 +59,14 @@ pub(crate) fn layout() -> u64 {
 pub struct KeeperConfig {
     /// Where VMMs connect.
     pub socket: PathBuf,
+    /// Which of them may.
+    pub access: Access,
     /// Descriptors of what is served: a worker is given them, so that it opens the
     /// same files whatever has become of their names.
     pub sources: Vec<OwnedFd>,
     /// Starts a worker, which finds the keeper at its standard input.
     pub worker: Command,
-    /// The most peers connected at a time.
+    /// The most peers connected at a time; a quarter of them of one process.
     pub max_connections: usize,
     /// The pause before a worker is started again that did not live for
     /// [`settled`](Self::settled); it doubles with each further one.
@@ -82,6 +86,7 @@ impl KeeperConfig {
     pub fn new(socket: impl Into<PathBuf>, worker: Command) -> Self {
         Self {
             socket: socket.into(),
+            access: Access::default(),
             sources: Vec::new(),
             worker,
             max_connections: 4096,
@@ -149,7 +154,7 @@ enum Tell {
 #[derive(Debug)]
 pub struct Keeper {
     config: KeeperConfig,
-    listener: Option<UnixListener>,
+    gate: Gate,
     table: Table,
     worker: Option<Worker>,
     /// When to start the next worker, and the pause before the one after it.
@@ -157,16 +162,11 @@ pub struct Keeper {
     pause: Duration,
     stop: (UnixStream, UnixStream),
     stopping: bool,
-    /// When to accept again, after that failed.
-    accept_at: Option<Instant>,
     control: Option<Control>,
     /// The layout and the fingerprint of what the worker serves.
     served: Option<[u64; 2]>,
     shown: Shown,
 }
-
-/// After a failure that may pass (no descriptor left).
-const PAUSE: Duration = Duration::from_millis(100);
 
 impl Keeper {
     /// A keeper that has yet to run.
@@ -179,15 +179,14 @@ impl Keeper {
         stop.0.set_nonblocking(true)?;
         Ok(Self {
             pause: Duration::ZERO,
+            gate: Gate::new(config.access.clone(), config.max_connections),
             shown: Shown::new(config.metrics.clone()),
             config,
-            listener: None,
             table: Table::default(),
             worker: None,
             start_at: Instant::now(),
             stop,
             stopping: false,
-            accept_at: None,
             control: None,
             served: None,
         })
@@ -296,7 +295,7 @@ impl Keeper {
         worker.ready = true;
         worker.tell = told_first(&self.table);
         self.served = Some(predecessor.served);
-        self.listener = Some(UnixListener::from(listener));
+        self.gate.adopt(UnixListener::from(listener), &socket);
         self.control = Some(control);
         self.tell_worker();
         info!(peers = self.table.peers(), "replaced the daemon");
@@ -320,7 +319,7 @@ impl Keeper {
         // What it said before it died.
         self.hear_worker()?;
         self.worker = None;
-        let Some(listener) = &self.listener else { return Ok(false) };
+        let Some(listener) = self.gate.listener() else { return Ok(false) };
         match give(&self.table, listener, self.shown.socket(), &asking) {
             Ok(()) => {
                 info!("another daemon has taken over");
@@ -338,11 +337,8 @@ impl Keeper {
     /// Waits until something happens, or is due.
     fn wait(&mut self) -> io::Result<Seen> {
         let now = Instant::now();
-        if self.accept_at.is_some_and(|at| at <= now) {
-            self.accept_at = None;
-        }
-        let room = self.accept_at.is_none() && self.table.peers() < self.config.max_connections;
-        let listener = self.listener.as_ref().filter(|_| room && !self.stopping);
+        let again_at = self.gate.again_at();
+        let listener = self.gate.waits(&self.table, now).filter(|_| !self.stopping);
         let mut fds = vec![PollFd::new(&self.stop.0, PollFlags::IN)];
         if let Some(worker) = &self.worker {
             let waits = worker.ready && !worker.tell.is_empty();
@@ -355,7 +351,7 @@ impl Keeper {
         let control = self.control.as_ref().filter(|_| !self.stopping);
         fds.extend(control.map(|control| PollFd::new(control.listener(), PollFlags::IN)));
         let start = self.worker.is_none().then_some(self.start_at);
-        let due = start.into_iter().chain(self.accept_at).min();
+        let due = start.into_iter().chain(again_at).min();
         let timeout = due.map(|at| at.saturating_duration_since(now));
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         match poll(&mut fds, timeout.as_ref()) {
@@ -371,20 +367,10 @@ impl Keeper {
     }
 
     fn accept(&mut self) {
-        let Some(listener) = &self.listener else { return };
-        let welcomed = match listener.accept() {
-            Ok((socket, _)) => self.table.welcome(socket),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-            Err(error) => Err(error),
-        };
-        match (welcomed, &mut self.worker) {
-            (Ok(entry), Some(worker)) if worker.ready => worker.tell.push_back(Tell::Entry(entry)),
-            // It will be told when it is ready.
-            (Ok(_), _) => {}
-            (Err(error), _) => {
-                warn!("accepting a connection: {error}; trying again shortly");
-                self.accept_at = Some(Instant::now() + PAUSE);
-            }
+        let entry = self.gate.accept(&mut self.table);
+        // One that is not ready will be told of all.
+        if let Some(worker) = self.worker.as_mut().filter(|worker| worker.ready) {
+            worker.tell.extend(entry.map(Tell::Entry));
         }
     }
 
@@ -400,11 +386,8 @@ impl Keeper {
                     if self.stopping {
                         worker.tell.push_back(Tell::Stop);
                     }
-                    if self.listener.is_none() {
-                        // Whoever sees the socket may ask to take over at once.
-                        let socket = &self.config.socket;
-                        let (listener, control) = listen_with(socket, || Control::open(socket))?;
-                        (self.listener, self.control) = (Some(listener), Some(control));
+                    if self.gate.listener().is_none() {
+                        self.control = Some(self.gate.open(&self.config.socket)?);
                     }
                 }
                 Ok(Some(message)) => {
@@ -459,7 +442,7 @@ impl Keeper {
         // It says itself that it cannot, before anybody relies on it or for the last
         // time.
         let gave_up = status.code().is_some() && !worker.ready;
-        let hopeless = gave_up && (self.stopping || self.listener.is_none());
+        let hopeless = gave_up && (self.stopping || self.gate.listener().is_none());
         if status.success() || hopeless {
             return Ok(Some(status));
         }
@@ -481,7 +464,7 @@ impl Keeper {
         if self.table.has_memories() {
             warn!("some VMs were not let go of");
         }
-        if self.listener.is_some() {
+        if self.gate.listener().is_some() {
             crate::daemon::unlisten(&self.config.socket);
         }
         self.control.iter().for_each(Control::close);

@@ -46,10 +46,24 @@ impl Table {
         self.peers.values().any(|kept| !kept.memories.is_empty())
     }
 
+    /// How many connections a process has; those of other pid namespaces, which have
+    /// no number here, have none.
+    pub(super) fn connections_of(&self, pid: i32) -> usize {
+        let pid = u64::from(pid.cast_unsigned());
+        let theirs = self.peers.values().filter(|kept| kept.who & 0xffff_ffff == pid);
+        if pid == 0 { 0 } else { theirs.count() }
+    }
+
+    /// Descriptors of all peers, and of one memory for each that has none yet: so many
+    /// a worker needs as well.
+    pub(super) fn descriptors(&self) -> usize {
+        self.peers.values().map(|kept| 2 + 3 * kept.memories.len().max(1)).sum()
+    }
+
     /// A process has connected.
-    pub(super) fn welcome(&mut self, socket: UnixStream) -> io::Result<Entry> {
+    pub(super) fn welcome(&mut self, socket: UnixStream, peer: Peer) -> io::Result<Entry> {
         socket.set_nonblocking(true)?;
-        let Peer { pid, uid, pidfd } = Peer::of(&socket)?;
+        let Peer { pid, uid, pidfd } = peer;
         let who = u64::from(uid) << 32 | u64::from(pid.cast_unsigned());
         let (socket, memories) = (socket.into(), BTreeMap::new());
         let kept = Kept { socket, who, pidfd, memories_so_far: 0, memories };

@@ -168,6 +168,8 @@ pub(crate) fn run_if_worker() -> bool {
     config.workers = 2;
     config.partial = true;
     config.stop_timeout = Duration::from_millis(100);
+    // As `vmpager serve` does.
+    vmpager::sandbox::filter_calls().unwrap();
     let daemon = Daemon::kept(config, KeeperLink::meet(channel).unwrap()).unwrap();
     daemon.run(&mut |_| {}).unwrap();
     true
