@@ -208,7 +208,7 @@ pub struct SessionSummary {
     pub pages_missing: u64,
     /// Bytes taken from the source.
     pub bytes_read: u64,
-    /// Median time from reading a fault to its install, in microseconds.
+    /// Median time from taking a fault up to its install, in microseconds.
     pub stall_p50_us: f64,
     /// Its 99th percentile.
     pub stall_p99_us: f64,

@@ -111,7 +111,7 @@ impl Snapshot {
         )?;
         let help = "Installs put off: the layout was changing, or no memory was free";
         to.counter("install_retries", help, None, of.retried)?;
-        let help = "From when a fault was read until its page was in place";
+        let help = "From when a fault was taken up until its page was in place";
         let took = (counts(of.stalls()), of.stall_nanos);
         to.histograms("stall_seconds", help, &[(None, took)])
     }
