@@ -1,10 +1,15 @@
 //! Who may connect: as far as the socket's file lets them, and as far as they are
 //! admitted.
 
+use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use rustix::process::geteuid;
-use vmpager_sys::peer::{Peer, groups};
+use tracing::error;
+use vmpager_sys::peer::{Peer, end, groups};
+
+use super::Daemon;
 
 /// Who may hand over memory. By default whoever the socket's file lets in: with the
 /// usual umask of 022 the user it belongs to, and root.
@@ -55,10 +60,23 @@ impl Access {
     }
 }
 
+impl Daemon {
+    /// Somebody has come to this process's own socket.
+    pub(super) fn meet(&mut self, socket: UnixStream) -> io::Result<()> {
+        let peer = Peer::of(&socket)?;
+        let (peer_pid, peer_uid) = (peer.pid, peer.uid);
+        if let Err(problem) = self.config.access.admit(&socket, &peer) {
+            error!(peer_pid, peer_uid, "refused: {problem}");
+            return end(&socket);
+        }
+        let id = self.next_connection;
+        self.next_connection += 1;
+        self.welcome(id, socket, peer, 0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
-
     use super::*;
 
     fn judged(access: &Access, uid: u32) -> Result<(), String> {

@@ -26,7 +26,7 @@ use crossbeam_channel::Receiver;
 use rustix::event::{Timespec, epoll};
 use tracing::{error, info, warn};
 use vmpager_core::PageSource;
-use vmpager_sys::peer::{Peer, end};
+use vmpager_sys::peer::Peer;
 
 pub use self::access::Access;
 use self::connection::{Arrival, Connection};
@@ -325,19 +325,6 @@ impl Daemon {
         // over and over.
         let _ = epoll::delete(&self.epoll, listener);
         self.accept_at = Some(Instant::now() + ACCEPT_PAUSE);
-    }
-
-    /// Somebody has come to this process's own socket.
-    fn meet(&mut self, socket: UnixStream) -> io::Result<()> {
-        let peer = Peer::of(&socket)?;
-        let (peer_pid, peer_uid) = (peer.pid, peer.uid);
-        if let Err(problem) = self.config.access.admit(&socket, &peer) {
-            error!(peer_pid, peer_uid, "refused: {problem}");
-            return end(&socket);
-        }
-        let id = self.next_connection;
-        self.next_connection += 1;
-        self.welcome(id, socket, peer, 0)
     }
 
     /// A peer has come, which another process knew `known` messages of.
