@@ -280,7 +280,7 @@ impl Writer {
             frames.file.write_all_at(packed, record.offset)?;
             frames.note(record.offset, record.end(), true);
         }
-        frames.file.set_modified(SystemTime::now())?;
+        // That also says when the file was last used.
         Ok(true)
     }
 
