@@ -211,6 +211,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_sched_setaffinity,
     libc::SYS_sched_yield,
     libc::SYS_set_robust_list,
+    libc::SYS_setpriority,
     libc::SYS_sigaltstack,
     libc::SYS_sysinfo,
     libc::SYS_uname,

@@ -178,7 +178,7 @@ fn handshakes_survive_workers() {
     if !common::have_userfaultfd() || common::peer::run_if_peer() || run_if_worker() {
         return;
     }
-    let _dog = watchdog(this_test!(), Duration::from_secs(60));
+    let _dog = watchdog(this_test!(), Duration::from_secs(180));
     let plan = Plan { pages: 64, kill_within_ms: Some(12), ..Plan::default() };
     let kept = Kept::start(this_test!(), &plan);
     for round in 0..12 {

@@ -18,7 +18,7 @@ macro_rules! begin {
         if !$crate::common::have_userfaultfd() || $crate::common::peer::run_if_peer() {
             return;
         }
-        let _dog = $crate::common::watchdog(this_test!(), std::time::Duration::from_secs(60));
+        let _dog = $crate::common::watchdog(this_test!(), std::time::Duration::from_secs(180));
     };
 }
 
