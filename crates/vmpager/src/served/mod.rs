@@ -112,6 +112,16 @@ struct Retry {
     pause: Duration,
 }
 
+/// A fault that was read and has to wait for its turn.
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    hva: Hva,
+    /// Whose view it came by, if by one.
+    view: Option<ViewId>,
+    /// When it was read.
+    since: Instant,
+}
+
 /// The memory behind one userfaultfd.
 #[derive(Debug)]
 pub(crate) struct Served {
@@ -121,8 +131,8 @@ pub(crate) struct Served {
     record: Record,
     /// Lies in the record.
     messages: Messages,
-    /// Faults read and not yet served, and whose view they came by, if by one.
-    faults: VecDeque<(Hva, Option<ViewId>)>,
+    /// Faults read and not yet served.
+    faults: VecDeque<Pending>,
     /// Who waits until a read of this memory has ended: no more may be in flight.
     unread: VecDeque<Waiter>,
     limits: SessionLimits,
@@ -358,6 +368,7 @@ impl Served {
         self.uffd
             .read(&mut self.messages)
             .map_err(|e| Lost::Failed(format!("reading the userfaultfd: {e}")))?;
+        let since = Instant::now();
         kill::point("read");
         let mut protected = Vec::new();
         for message in self.messages.drain() {
@@ -367,7 +378,7 @@ impl Served {
                 }
                 Message::Fault { address, thread, .. } => {
                     self.counters.faults += 1;
-                    self.faults.push_back((Hva(address), None));
+                    self.faults.push_back(Pending { hva: Hva(address), view: None, since });
                     match self.threads.as_mut().map(|threads| threads.origin(thread)) {
                         Some(Origin::Vcpu) => self.counters.faults_vcpu += 1,
                         Some(Origin::Vmm) => self.counters.faults_vmm += 1,

@@ -19,7 +19,7 @@ use vmpager_core::{Content, Hva, MapSlot, PageRun, PageSize, SlotSet};
 use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
 
 use super::install::{Put, PutEnd};
-use super::{Lost, Served};
+use super::{Lost, Pending, Served};
 use crate::attach::FaultReader;
 
 /// Names a view of one memory.
@@ -249,7 +249,7 @@ impl Served {
     fn demand(&mut self, page: u64, view: Option<ViewId>) {
         self.counters.faults += 1;
         let (hva, _) = self.address(PageRun::new(page, 1));
-        self.faults.push_back((hva, view));
+        self.faults.push_back(Pending { hva, view, since: Instant::now() });
     }
 
     /// From now on vCPUs exit on missing pages.

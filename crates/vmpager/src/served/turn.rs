@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Lost, Served};
+use super::{Lost, Pending, Served};
 use crate::reads::Reads;
 
 /// From so many faults at once on, their waiters are woken together: they
@@ -40,17 +40,19 @@ impl Served {
         Ok(Turn { any, more: any && !self.faults.is_empty() })
     }
 
-    fn serve_faults(&mut self, most: usize, since: Instant, reads: &mut Reads) -> Result<(), Lost> {
-        self.not_quiet(since);
+    fn serve_faults(&mut self, most: usize, now: Instant, reads: &mut Reads) -> Result<(), Lost> {
+        self.not_quiet(now);
         let mut left = most.min(self.faults.len());
         // With reads in flight, their waiters would be woken along, in vain.
         let together = left >= MANY && reads.is_idle();
-        while left > 0 && self.may_take_demanded(since) {
+        while left > 0 && self.may_take_demanded(now) {
+            // The first has waited longest, for other memories' turns perhaps.
+            let since = self.faults.front().map_or(now, |fault| fault.since);
             if together {
                 self.let_sleep();
             }
             let some = left.min(WAKE_TOGETHER);
-            let result = self.serve_some(some, since, reads);
+            let result = self.serve_some(some, reads);
             // Also of pages installed before one that failed.
             self.wake_all(since)?;
             result?;
@@ -60,9 +62,9 @@ impl Served {
     }
 
     /// Serves so many of the faults read.
-    fn serve_some(&mut self, some: usize, since: Instant, reads: &mut Reads) -> Result<(), Lost> {
+    fn serve_some(&mut self, some: usize, reads: &mut Reads) -> Result<(), Lost> {
         for _ in 0..some {
-            let Some((hva, view)) = self.faults.pop_front() else { break };
+            let Some(Pending { hva, view, since }) = self.faults.pop_front() else { break };
             self.outside.serving = view;
             let served = self.fault(hva, since, reads);
             self.outside.serving = None;
