@@ -13,7 +13,7 @@ use common::daemon::Running;
 use common::peer::PeerPlan;
 use common::{HUGE, Holds, PAGE, assert_is_source, eventually, faulty, numbered, page, range};
 use vmpager::core::ByteRange;
-use vmpager::{EndReason, Pager};
+use vmpager::{EndReason, NeighbourPolicy, Pager};
 use vmpager_store::MemorySource;
 use vmpager_store::faulty::Times;
 use vmpager_sys::memory::Mapping;
@@ -76,6 +76,7 @@ fn memory_on_demand_comes_to_lie_in_huge_pages_where_it_is_whole() {
     let memory = Arc::new(Mapping::for_pager(3 * HUGE).unwrap());
     let pager = Pager::builder(numbered(3 * PIECE))
         .region(&range(&memory), 0)
+        .neighbours(NeighbourPolicy::Off)
         .huge_pages(true)
         .start()
         .unwrap();
