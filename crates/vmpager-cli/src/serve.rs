@@ -15,11 +15,11 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use vmpager::core::PageSource;
 use vmpager::daemon::DaemonEvent;
 use vmpager::metrics::Endpoint;
-use vmpager::sandbox;
+use vmpager::sandbox::{self, SandboxError};
 use vmpager::{
     Access, Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperEnd, KeeperLink, NeighbourPolicy,
     ServeOptions, SessionSummary,
@@ -251,7 +251,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     if !args.kept {
         return keep(args);
     }
-    sandbox::give_up_rights(args.collapse)?;
+    as_far_as_there_is(sandbox::give_up_rights(args.collapse))?;
     let channel = io::stdin().as_fd().try_clone_to_owned()?;
     let keeper = KeeperLink::meet(channel).context("--kept is for the keeper to give")?;
     let mut report = serve_for(args, Some(keeper))?;
@@ -284,6 +284,17 @@ fn keep(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             _ => ExitCode::FAILURE,
         },
     })
+}
+
+/// A kernel that cannot confine anybody is no reason not to serve.
+fn as_far_as_there_is(confined: Result<(), SandboxError>) -> Result<(), SandboxError> {
+    match confined {
+        Err(error @ SandboxError::Lacking(_)) => {
+            warn!("{error}: this process is less confined than it should be");
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 fn stop_by_signals(stopper: impl Fn() -> io::Result<UnixStream>) -> anyhow::Result<()> {
@@ -325,7 +336,7 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
     let daemon = match keeper {
         Some(keeper) => {
             if !args.no_seccomp {
-                sandbox::filter_calls()?;
+                as_far_as_there_is(sandbox::filter_calls())?;
             }
             Daemon::kept(config, keeper)?
         }

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::io;
 
 use libc::c_long;
+use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -20,6 +21,9 @@ use seccompiler::{
 /// Why a process could not be confined.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
+    /// This kernel was built without.
+    #[error("this kernel has no {0}")]
+    Lacking(&'static str),
     /// The rights of this process.
     #[error("giving up capabilities: {0}")]
     Capabilities(#[source] io::Error),
@@ -37,7 +41,7 @@ pub enum SandboxError {
 ///
 /// # Errors
 ///
-/// If the kernel refuses.
+/// [`SandboxError::Lacking`] if the kernel has no capabilities, or if it refuses.
 pub fn give_up_rights(collapse: bool) -> Result<(), SandboxError> {
     let mut kept = CapabilitySet::DAC_OVERRIDE
         | CapabilitySet::DAC_READ_SEARCH
@@ -54,7 +58,10 @@ pub fn give_up_rights(collapse: bool) -> Result<(), SandboxError> {
             CapabilitySets { effective, permitted, inheritable: CapabilitySet::empty() },
         )
     };
-    give_up().map_err(|error| SandboxError::Capabilities(error.into()))
+    give_up().map_err(|error| match error {
+        Errno::NOSYS => SandboxError::Lacking("capabilities (CONFIG_MULTIUSER)"),
+        error => SandboxError::Capabilities(error.into()),
+    })
 }
 
 /// Allows all threads of this process, from now on and for good, what serving VMs
@@ -63,9 +70,14 @@ pub fn give_up_rights(collapse: bool) -> Result<(), SandboxError> {
 ///
 /// # Errors
 ///
-/// If the kernel has no seccomp, or refuses.
+/// [`SandboxError::Lacking`] if the kernel has no seccomp, or if it refuses.
 pub fn filter_calls() -> Result<(), SandboxError> {
-    let problem = |error: seccompiler::Error| SandboxError::Filter(error.to_string());
+    let problem = |error: seccompiler::Error| match error {
+        seccompiler::Error::Seccomp(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+            SandboxError::Lacking("filters of system calls (CONFIG_SECCOMP_FILTER)")
+        }
+        error => SandboxError::Filter(error.to_string()),
+    };
     // The C library makes threads by another call, whose flags can be seen, if the
     // kernel does not know this one.
     let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
