@@ -69,8 +69,8 @@ pub(crate) struct LabArgs {
     /// Give up after so many seconds, building not included.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     limit: u64,
-    /// Emulated machines at a time, of two CPUs each [default: one for each CPU, three
-    /// at most].
+    /// Emulated machines at a time, of two CPUs each [default: one for each two CPUs,
+    /// three at most].
     #[arg(long, value_name = "N")]
     jobs: Option<NonZero<usize>>,
 }
@@ -80,10 +80,10 @@ impl LabArgs {
         case.name.contains(&self.filter) && (self.long || case.boot != LONG)
     }
 
-    /// A machine is seldom busy on both its CPUs: guests run on one of them.
+    /// Two machines on two CPUs take as long as one after the other.
     fn jobs(&self) -> usize {
         let cpus = || thread::available_parallelism().map_or(1, NonZero::get);
-        self.jobs.map_or_else(|| cpus().min(MOST_JOBS), NonZero::get)
+        self.jobs.map_or_else(|| (cpus() / 2).clamp(1, MOST_JOBS), NonZero::get)
     }
 }
 
