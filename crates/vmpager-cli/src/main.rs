@@ -48,7 +48,7 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Serve VMs' memory from a file, in place of Firecracker's example
     /// page-fault handler.
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Watch a daemon's sessions, on a terminal.
     Top(top::TopArgs),
     /// Make a picture of a run: one HTML file that needs nothing else.
