@@ -27,6 +27,7 @@ use vmpager::{
 use vmpager_store::RawFile;
 use vmpager_store::image::{Image, MemoryInput};
 use vmpager_store::profile::{Profile, Recorder};
+use vmpager_sys::inherited::listen_fds;
 
 use self::limits::Limits;
 use crate::image::{Parents, open_over};
@@ -264,21 +265,32 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
 /// The keeper.
 fn keep(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    let inherited = listen_fds().context("descriptors from the service manager")?;
     // This program once more, whatever has become of its name.
     let mut worker = Command::new("/proc/self/exe");
     worker.args(std::env::args_os().skip(1)).arg("--kept");
+    // The keeper's alone.
+    for variable in ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"] {
+        worker.env_remove(variable);
+    }
     let mut config = KeeperConfig::new(&args.socket, worker);
     // What cannot be opened, the worker complains about.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let open = |path: &Path| rustix::fs::open(path, flags, Mode::empty()).ok();
+    let open = |path: &Path| {
+        let opened = rustix::fs::open(path, flags, Mode::empty()).ok()?;
+        Some((path.to_owned(), opened))
+    };
     config.sources = args.source_paths().map_while(open).collect();
+    config.inherited = inherited;
     config.access = Access::from(&args.access);
     config.replace = args.replace;
     config.metrics.clone_from(&args.metrics);
     let keeper = Keeper::new(config)?;
     stop_by_signals(|| keeper.stopper())?;
+    signal_hook::low_level::pipe::register(signal_hook::consts::SIGUSR2, keeper.leaver()?)
+        .context("catching signals")?;
     Ok(match keeper.run()? {
-        KeeperEnd::Replaced => ExitCode::SUCCESS,
+        KeeperEnd::Replaced | KeeperEnd::Left => ExitCode::SUCCESS,
         KeeperEnd::Worker(status) => match status.code().map(u8::try_from) {
             Some(Ok(code)) => ExitCode::from(code),
             _ => ExitCode::FAILURE,

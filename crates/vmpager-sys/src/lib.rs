@@ -18,6 +18,7 @@
 pub mod collapse;
 pub mod file_map;
 pub mod futex;
+pub mod inherited;
 pub mod memfd;
 pub mod memory;
 pub mod peer;

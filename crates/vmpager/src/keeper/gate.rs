@@ -11,7 +11,7 @@ use vmpager_sys::peer::{Peer, end};
 
 use super::handover::Control;
 use super::table::{Entry, Table};
-use crate::daemon::{Access, DaemonError, listen_with, permit};
+use crate::daemon::{Access, DaemonError, listen_with, permit, unlisten};
 
 /// After a failure that may pass (no descriptor left).
 const PAUSE: Duration = Duration::from_millis(100);
@@ -26,6 +26,8 @@ const TOLD: u32 = 10;
 #[derive(Debug)]
 pub(super) struct Gate {
     listener: Option<UnixListener>,
+    /// It is a service manager's, which made it and will remove it.
+    is_lent: bool,
     access: Access,
     max_connections: usize,
     max_descriptors: usize,
@@ -41,8 +43,16 @@ impl Gate {
         let most = getrlimit(Resource::Nofile).current.and_then(|most| most.try_into().ok());
         let max_descriptors = most.unwrap_or(usize::MAX);
         let refusals = Refusals { since: Instant::now(), told: 0, untold: 0 };
-        let (listener, again_at, full) = (None, None, false);
-        Self { listener, access, max_connections, max_descriptors, again_at, full, refusals }
+        Self {
+            listener: None,
+            is_lent: false,
+            access,
+            max_connections,
+            max_descriptors,
+            again_at: None,
+            full: false,
+            refusals,
+        }
     }
 
     pub(super) fn listener(&self) -> Option<&UnixListener> {
@@ -54,6 +64,18 @@ impl Gate {
         let (listener, control) = listen_with(socket, &self.access, || Control::open(socket))?;
         self.listener = Some(listener);
         Ok(control)
+    }
+
+    /// Listens to what a service manager lends.
+    pub(super) fn borrow(&mut self, listener: UnixListener) {
+        (self.listener, self.is_lent) = (Some(listener), true);
+    }
+
+    /// Listens no longer.
+    pub(super) fn close(&self, socket: &Path) {
+        if self.listener.is_some() && !self.is_lent {
+            unlisten(socket);
+        }
     }
 
     /// Goes on with what another keeper listened to.
@@ -68,7 +90,9 @@ impl Gate {
     pub(super) fn waits(&mut self, table: &Table, now: Instant) -> Option<&UnixListener> {
         self.again_at = self.again_at.filter(|at| *at > now);
         let (peers, descriptors) = (table.peers(), table.descriptors() + OWN_DESCRIPTORS);
-        let full = peers >= self.max_connections || descriptors > self.max_descriptors;
+        let full = peers >= self.max_connections
+            || descriptors > self.max_descriptors
+            || !table.manager.has_room();
         if full && !self.full {
             warn!(
                 peers,

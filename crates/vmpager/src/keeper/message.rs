@@ -20,7 +20,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vmpager_sys::peer::{recv_with_fds, send_with_fds};
+use vmpager_sys::peer::{look_with_fds, recv_with_fds, send_with_fds};
 
 /// What a message is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,10 +115,21 @@ pub(crate) fn send(
 
 /// The next message; None at the end, `WouldBlock` if there is none yet.
 pub(crate) fn receive(socket: impl AsFd) -> io::Result<Option<Message>> {
+    message(|bytes, fds| recv_with_fds(&socket, bytes, fds))
+}
+
+/// The same, but leaves the message where it is.
+pub(super) fn look(socket: impl AsFd) -> io::Result<Option<Message>> {
+    message(|bytes, fds| look_with_fds(&socket, bytes, fds))
+}
+
+fn message(
+    from: impl Fn(&mut [u8], &mut Vec<OwnedFd>) -> io::Result<usize>,
+) -> io::Result<Option<Message>> {
     let mut bytes = [0; BYTES];
     let mut fds = Vec::new();
     let count = loop {
-        match recv_with_fds(&socket, &mut bytes, &mut fds) {
+        match from(&mut bytes, &mut fds) {
             // The other end died with messages unread. Said once, before the
             // messages that it had sent.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}

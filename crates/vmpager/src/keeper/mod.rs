@@ -22,20 +22,22 @@
 //! after, a memory to be taken over.
 //!
 //! If the keeper itself is killed, its worker goes on serving the VMs it has and
-//! takes no new ones; nobody is left to take over from it.
+//! takes no new ones; nobody is left to take over from it. Unless a service manager
+//! holds copies of what the keeper holds ([`manager`]): then the next keeper has them.
 
 mod gate;
 mod handover;
+mod manager;
 mod message;
+mod process;
 mod shown;
 mod table;
 
-use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -43,9 +45,12 @@ use tracing::{error, info, warn};
 
 use self::gate::Gate;
 use self::handover::{Control, Predecessor, give};
+use self::manager::{Left, Manager};
+use self::message::look;
 pub(crate) use self::message::{Kind, Message, receive, send};
+use self::process::{Tell, Worker};
 use self::shown::Shown;
-use self::table::{Entry, Table};
+use self::table::Table;
 use crate::daemon::{Access, DaemonError};
 use crate::metrics::{Endpoint, EndpointError};
 
@@ -61,9 +66,9 @@ pub struct KeeperConfig {
     pub socket: PathBuf,
     /// Which of them may.
     pub access: Access,
-    /// Descriptors of what is served: a worker is given them, so that it opens the
-    /// same files whatever has become of their names.
-    pub sources: Vec<OwnedFd>,
+    /// The files that are served: a worker is given their descriptors, so that it opens
+    /// the same ones whatever has become of their names.
+    pub sources: Vec<(PathBuf, OwnedFd)>,
     /// Starts a worker, which finds the keeper at its standard input.
     pub worker: Command,
     /// The most peers connected at a time; a quarter of them of one process.
@@ -79,6 +84,10 @@ pub struct KeeperConfig {
     pub replace: bool,
     /// Where numbers are shown.
     pub metrics: Option<Endpoint>,
+    /// What a service manager gave this process, by name
+    /// ([`listen_fds`](vmpager_sys::inherited::listen_fds)): the socket, and what an
+    /// earlier keeper left.
+    pub inherited: Vec<(OwnedFd, String)>,
 }
 
 impl KeeperConfig {
@@ -95,6 +104,7 @@ impl KeeperConfig {
             settled: Duration::from_secs(1),
             replace: false,
             metrics: None,
+            inherited: Vec::new(),
         }
     }
 }
@@ -128,26 +138,8 @@ pub enum KeeperEnd {
     Worker(ExitStatus),
     /// Another keeper has all it had.
     Replaced,
-}
-
-/// The process that serves.
-#[derive(Debug)]
-struct Worker {
-    child: Child,
-    pidfd: OwnedFd,
-    channel: OwnedFd,
-    since: Instant,
-    ready: bool,
-    /// What it has to be told, once it is ready.
-    tell: VecDeque<Tell>,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Tell {
-    Metrics,
-    Entry(Entry),
-    Known,
-    Stop,
+    /// A service manager has all it had, for the next keeper.
+    Left,
 }
 
 /// A keeper.
@@ -161,6 +153,7 @@ pub struct Keeper {
     start_at: Instant,
     pause: Duration,
     stop: (UnixStream, UnixStream),
+    leave: (UnixStream, UnixStream),
     stopping: bool,
     control: Option<Control>,
     /// The layout and the fingerprint of what the worker serves.
@@ -175,17 +168,20 @@ impl Keeper {
     ///
     /// If this process has no descriptor left.
     pub fn new(config: KeeperConfig) -> io::Result<Self> {
-        let stop = UnixStream::pair()?;
-        stop.0.set_nonblocking(true)?;
+        let (stop, leave) = (UnixStream::pair()?, UnixStream::pair()?);
+        for socket in [&stop.0, &leave.0] {
+            socket.set_nonblocking(true)?;
+        }
         Ok(Self {
             pause: Duration::ZERO,
             gate: Gate::new(config.access.clone(), config.max_connections),
             shown: Shown::new(config.metrics.clone()),
             config,
-            table: Table::default(),
+            table: Table::new(Manager::of_this_process()),
             worker: None,
             start_at: Instant::now(),
             stop,
+            leave,
             stopping: false,
             control: None,
             served: None,
@@ -202,6 +198,17 @@ impl Keeper {
         self.stop.1.try_clone()
     }
 
+    /// A socket on which any byte makes [`run`](Self::run) leave all to the service
+    /// manager, which gives it to the next keeper: a restart, that VMs wait for.
+    /// Without a service manager nothing happens.
+    ///
+    /// # Errors
+    ///
+    /// If the process has no descriptor left.
+    pub fn leaver(&self) -> io::Result<UnixStream> {
+        self.leave.1.try_clone()
+    }
+
     /// Keeps, and starts workers, until one ends by itself, or the first one cannot
     /// start. Returns how that ended.
     ///
@@ -209,6 +216,7 @@ impl Keeper {
     ///
     /// If the socket cannot be had, or the keeper's own system calls fail.
     pub fn run(mut self) -> Result<KeeperEnd, KeeperError> {
+        self.inherit()?;
         self.shown.open(self.config.replace)?;
         if self.config.replace {
             self.replace()?;
@@ -218,8 +226,12 @@ impl Keeper {
                 self.start_worker()?;
             }
             let seen = self.wait()?;
+            if seen.leave && self.leave()? {
+                return Ok(KeeperEnd::Left);
+            }
             if seen.stop && !std::mem::replace(&mut self.stopping, true) {
                 let _ = io::Read::read(&mut &self.stop.0, &mut [0; 8]);
+                self.table.manager.stopping();
                 self.start_at = Instant::now();
                 if let Some(worker) = &mut self.worker {
                     worker.tell.push_back(Tell::Stop);
@@ -231,7 +243,9 @@ impl Keeper {
             if seen.heard {
                 self.hear_worker()?;
             }
-            self.tell_worker();
+            if let Some(worker) = &mut self.worker {
+                worker.tell(&self.table, &self.shown);
+            }
             if seen.ended
                 && let Some(status) = self.worker_ended()?
             {
@@ -245,18 +259,77 @@ impl Keeper {
     }
 
     fn start_worker(&mut self) -> Result<(), KeeperError> {
-        let (ours, theirs) = message::pair()?;
-        let sources: Vec<BorrowedFd<'_>> = self.config.sources.iter().map(AsFd::as_fd).collect();
-        send(&ours, Kind::Sources, [0; 3], &sources)?;
-        rustix::io::ioctl_fionbio(&ours, true).map_err(io::Error::from)?;
-        let child = self.config.worker.stdin(Stdio::from(theirs)).spawn()?;
-        let pid = rustix::process::Pid::from_child(&child);
-        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
-        let pidfd = pidfd.map_err(io::Error::from)?;
-        let tell = VecDeque::new();
-        let since = Instant::now();
-        self.worker = Some(Worker { child, pidfd, channel: ours, since, ready: false, tell });
+        let sources: Vec<_> = self.config.sources.iter().map(|(_, fd)| fd.as_fd()).collect();
+        let worker = Worker::start(&mut self.config.worker, &sources)?;
+        let manager = &mut self.table.manager;
+        for (name, fd) in [("w", &worker.pidfd), ("c", &worker.channel)] {
+            manager.remove(name);
+            manager.store(name, fd);
+        }
+        self.worker = Some(worker);
         Ok(())
+    }
+
+    /// Kills the worker, and hears what it has said: it has left what it was doing for
+    /// the next one to find.
+    fn end_worker(&mut self) -> Result<(), KeeperError> {
+        if let Some(worker) = &mut self.worker {
+            let _ = worker.child.kill();
+            worker.child.wait()?;
+        }
+        self.hear_worker()?;
+        self.worker = None;
+        Ok(())
+    }
+
+    /// Goes on with what an earlier keeper has left to the service manager.
+    fn inherit(&mut self) -> Result<(), KeeperError> {
+        let left = Left::sort(std::mem::take(&mut self.config.inherited));
+        self.table.manager.has_all = true;
+        for (peer, left) in left.peers {
+            self.table.restore(peer, left)?;
+        }
+        self.table.manager.has_all = false;
+        // Two must not serve the same memory.
+        left.worker.map_or(Ok(()), |worker| manager::end(&worker))?;
+        if let Some(channel) = &left.channel {
+            hear(channel, &mut self.table)?;
+        }
+        let mut sources = left.sources;
+        for (path, fd) in &mut self.config.sources {
+            let name = manager::source_name(path);
+            // The VMs there are were served from the file that had this name then.
+            let held = sources.remove(&name).filter(|_| self.table.peers() > 0);
+            let manager = &mut self.table.manager;
+            manager.remove(&name);
+            *fd = held.unwrap_or(fd.try_clone()?);
+            manager.store(&name, &*fd);
+        }
+        sources.keys().for_each(|name| self.table.manager.remove(name));
+        let Some((listener, is_lent)) = left.listener else { return Ok(()) };
+        let listener = UnixListener::from(listener);
+        listener.set_nonblocking(true)?;
+        match is_lent {
+            true => self.gate.borrow(listener),
+            false => self.gate.adopt(listener, &self.config.socket),
+        }
+        info!(peers = self.table.peers(), "the service manager has given a socket");
+        Ok(())
+    }
+
+    /// Leaves all to the service manager. Whether there is one.
+    fn leave(&mut self) -> Result<bool, KeeperError> {
+        let _ = io::Read::read(&mut &self.leave.0, &mut [0; 8]);
+        if !self.table.manager.is_there() {
+            warn!("told to leave all to a service manager, and there is none; going on");
+            return Ok(false);
+        }
+        self.table.manager.stopping();
+        self.end_worker()?;
+        self.control.iter().for_each(Control::close);
+        self.shown.close();
+        info!(peers = self.table.peers(), "left to the service manager");
+        Ok(true)
     }
 
     /// Takes over from another keeper: a worker is ready before that lets go.
@@ -292,12 +365,11 @@ impl Keeper {
                 return Err(error);
             }
         };
-        worker.ready = true;
-        worker.tell = told_first(&self.table);
+        worker.is_ready(&self.table);
         self.served = Some(predecessor.served);
         self.gate.adopt(UnixListener::from(listener), &socket);
         self.control = Some(control);
-        self.tell_worker();
+        worker.tell(&self.table, &self.shown);
         info!(peers = self.table.peers(), "replaced the daemon");
         Ok(())
     }
@@ -312,13 +384,7 @@ impl Keeper {
                 return Ok(false);
             }
         };
-        if let Some(worker) = &mut self.worker {
-            let _ = worker.child.kill();
-            worker.child.wait()?;
-        }
-        // What it said before it died.
-        self.hear_worker()?;
-        self.worker = None;
+        self.end_worker()?;
         let Some(listener) = self.gate.listener() else { return Ok(false) };
         match give(&self.table, listener, self.shown.socket(), &asking) {
             Ok(()) => {
@@ -337,9 +403,12 @@ impl Keeper {
     /// Waits until something happens, or is due.
     fn wait(&mut self) -> io::Result<Seen> {
         let now = Instant::now();
-        let again_at = self.gate.again_at();
+        let (again_at, ping_at) = (self.gate.again_at(), self.table.manager.ping(now));
         let listener = self.gate.waits(&self.table, now).filter(|_| !self.stopping);
-        let mut fds = vec![PollFd::new(&self.stop.0, PollFlags::IN)];
+        let mut fds = vec![
+            PollFd::new(&self.stop.0, PollFlags::IN),
+            PollFd::new(&self.leave.0, PollFlags::IN),
+        ];
         if let Some(worker) = &self.worker {
             let waits = worker.ready && !worker.tell.is_empty();
             let out = if waits { PollFlags::OUT } else { PollFlags::empty() };
@@ -351,7 +420,7 @@ impl Keeper {
         let control = self.control.as_ref().filter(|_| !self.stopping);
         fds.extend(control.map(|control| PollFd::new(control.listener(), PollFlags::IN)));
         let start = self.worker.is_none().then_some(self.start_at);
-        let due = start.into_iter().chain(again_at).min();
+        let due = start.into_iter().chain(again_at).chain(ping_at).min();
         let timeout = due.map(|at| at.saturating_duration_since(now));
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         match poll(&mut fds, timeout.as_ref()) {
@@ -360,10 +429,10 @@ impl Keeper {
         }
         let mut seen = fds.iter().map(|fd| !fd.revents().is_empty());
         let mut next = || seen.next().unwrap_or(false);
-        let stop = next();
+        let (stop, leave) = (next(), next());
         let (heard, ended) = if self.worker.is_some() { (next(), next()) } else { (false, false) };
         let peer = accepts && next();
-        Ok(Seen { stop, heard, ended, peer, asked: next() })
+        Ok(Seen { stop, leave, heard, ended, peer, asked: next() })
     }
 
     fn accept(&mut self) {
@@ -376,61 +445,43 @@ impl Keeper {
 
     /// Does what the worker says.
     fn hear_worker(&mut self) -> Result<(), KeeperError> {
-        while let Some(worker) = &mut self.worker {
-            match receive(&worker.channel) {
-                Ok(Some(Message { kind: Kind::Ready, args: [layout, fingerprint, _], .. })) => {
-                    worker.ready = true;
-                    self.shown.served();
-                    self.served = Some([layout, fingerprint]);
-                    worker.tell = told_first(&self.table);
-                    if self.stopping {
-                        worker.tell.push_back(Tell::Stop);
-                    }
-                    if self.gate.listener().is_none() {
-                        self.control = Some(self.gate.open(&self.config.socket)?);
-                    }
-                }
-                Ok(Some(message)) => {
-                    if let Err(error) = self.table.apply(message) {
-                        error!("the worker process makes no sense: {error}");
-                    }
-                }
-                // Its end is seen by the pidfd.
-                Ok(None) => break,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => {
-                    error!("hearing the worker process: {error}; it is started again");
-                    let _ = worker.child.kill();
-                    break;
-                }
+        let Some(worker) = &mut self.worker else { return Ok(()) };
+        let ready = match hear(&worker.channel, &mut self.table) {
+            Ok(ready) => ready,
+            Err(error) => {
+                error!("hearing the worker process: {error}; it is started again");
+                let _ = worker.child.kill();
+                return Ok(());
             }
+        };
+        let Some(served) = ready else { return Ok(()) };
+        worker.is_ready(&self.table);
+        if self.stopping {
+            worker.tell.push_back(Tell::Stop);
         }
-        Ok(())
+        self.shown.served();
+        self.served = Some(served);
+        self.open()
     }
 
-    /// Tells the worker what there is room for.
-    fn tell_worker(&mut self) {
-        let Some(worker) = self.worker.as_mut().filter(|worker| worker.ready) else { return };
-        while let Some(tell) = worker.tell.front() {
-            let told = match tell {
-                Tell::Metrics => self.shown.tell(&worker.channel),
-                Tell::Entry(entry) => self.table.tell(*entry, &worker.channel),
-                Tell::Known => send(&worker.channel, Kind::Known, [0; 3], &[]),
-                Tell::Stop => send(&worker.channel, Kind::Stop, [0; 3], &[]),
-            };
-            match told {
-                Ok(()) => drop(worker.tell.pop_front()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // Too many descriptors on their way (ETOOMANYREFS): it takes them
-                // out as fast as it can.
-                Err(error) if error.raw_os_error() == Some(TOO_MANY) => {
-                    std::thread::sleep(Duration::from_millis(1));
-                    return;
+    /// VMs may connect from now on, and another keeper may ask to take over.
+    fn open(&mut self) -> Result<(), KeeperError> {
+        let socket = &self.config.socket;
+        match self.gate.listener() {
+            None => {
+                self.control = Some(self.gate.open(socket)?);
+                if let Some(listener) = self.gate.listener() {
+                    self.table.manager.store("l", listener);
                 }
-                // It has ended, which is seen next.
-                Err(_) => return,
             }
+            Some(_) if self.control.is_none() => match Control::open(socket) {
+                Ok(control) => self.control = Some(control),
+                Err(error) => warn!("--replace will not find this daemon: {error}"),
+            },
+            Some(_) => {}
         }
+        self.table.manager.ready();
+        Ok(())
     }
 
     /// The worker has ended: returns how, if that is the end.
@@ -442,7 +493,8 @@ impl Keeper {
         // It says itself that it cannot, before anybody relies on it or for the last
         // time.
         let gave_up = status.code().is_some() && !worker.ready;
-        let hopeless = gave_up && (self.stopping || self.gate.listener().is_none());
+        let needed = self.served.is_some() || self.table.peers() > 0;
+        let hopeless = gave_up && (self.stopping || !needed);
         if status.success() || hopeless {
             return Ok(Some(status));
         }
@@ -464,20 +516,42 @@ impl Keeper {
         if self.table.has_memories() {
             warn!("some VMs were not let go of");
         }
-        if self.gate.listener().is_some() {
-            crate::daemon::unlisten(&self.config.socket);
-        }
+        self.gate.close(&self.config.socket);
         self.control.iter().for_each(Control::close);
         self.shown.close();
         info!("the keeper has ended");
     }
 }
 
-/// What a worker is told once it is ready.
-fn told_first(table: &Table) -> VecDeque<Tell> {
-    let entries = table.entries().map(Tell::Entry);
-    std::iter::once(Tell::Metrics).chain(entries).chain([Tell::Known]).collect()
+/// Does what a worker has said. What it serves, if it said that it is ready.
+fn hear(channel: &OwnedFd, table: &mut Table) -> io::Result<Option<[u64; 2]>> {
+    let mut ready = None;
+    loop {
+        // A message goes only when it has been dealt with: if this process dies, the
+        // next keeper finds it.
+        match look(channel) {
+            Ok(Some(Message { kind: Kind::Ready, args: [layout, fingerprint, _], .. })) => {
+                ready = Some([layout, fingerprint]);
+            }
+            Ok(Some(message)) => {
+                if let Err(error) = table.apply(message) {
+                    error!("the worker process makes no sense: {error}");
+                }
+            }
+            // Its end is seen by the pidfd.
+            Ok(None) => return Ok(ready),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(ready),
+            Err(error) if error.raw_os_error() == Some(NO_DESCRIPTOR) => {
+                error!("a memory is lost if the worker dies: {error} (ulimit -n, LimitNOFILE=)");
+            }
+            Err(error) => return Err(error),
+        }
+        receive(channel)?;
+    }
 }
+
+/// EMFILE.
+const NO_DESCRIPTOR: i32 = rustix::io::Errno::MFILE.raw_os_error();
 
 /// Whether a worker can go on with what another one serves, both by their layouts
 /// and fingerprints.
@@ -496,13 +570,11 @@ fn judge([layout, source]: [u64; 2], [ours, our_source]: [u64; 2]) -> Result<(),
     Ok(())
 }
 
-/// ETOOMANYREFS.
-const TOO_MANY: i32 = rustix::io::Errno::TOOMANYREFS.raw_os_error();
-
 /// What has happened.
 #[derive(Debug)]
 struct Seen {
     stop: bool,
+    leave: bool,
     /// The worker has said something.
     heard: bool,
     /// It has ended.

@@ -1,5 +1,5 @@
 //! What a keeper keeps: descriptors, and numbers that say whose they are. It knows
-//! nothing of what is in them.
+//! nothing of what is in them. A service manager, if there is one, has a copy of each.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,7 +8,11 @@ use std::os::unix::net::UnixStream;
 
 use vmpager_sys::peer::Peer;
 
+use super::manager::{LeftPeer, Manager, name};
 use super::message::{Kind, Message, send};
+
+/// The kinds of a memory's descriptors in names, in their order.
+const PARTS: [char; 3] = ['u', 'm', 'r'];
 
 /// A process that has connected.
 #[derive(Debug)]
@@ -20,14 +24,28 @@ struct Kept {
     pidfd: Option<OwnedFd>,
     /// How many memories were ever kept for it.
     memories_so_far: u64,
-    memories: BTreeMap<u64, [OwnedFd; 3]>,
+    memories: BTreeMap<u64, Memory>,
+    /// The name that the record of its latest memory is still kept under, if that has
+    /// ended.
+    ended: Option<String>,
+    /// The name of its socket.
+    name: String,
+}
+
+/// A memory of a peer.
+#[derive(Debug)]
+struct Memory {
+    /// Its userfaultfd, page map and record.
+    fds: [OwnedFd; 3],
+    names: [String; 3],
 }
 
 /// All peers, by number.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Table {
     peers: BTreeMap<u64, Kept>,
     next: u64,
+    pub(super) manager: Manager,
 }
 
 /// Something a worker, or another keeper, has to be told.
@@ -38,6 +56,10 @@ pub(super) enum Entry {
 }
 
 impl Table {
+    pub(super) fn new(manager: Manager) -> Self {
+        Self { peers: BTreeMap::new(), next: 0, manager }
+    }
+
     pub(super) fn peers(&self) -> usize {
         self.peers.len()
     }
@@ -65,11 +87,22 @@ impl Table {
         socket.set_nonblocking(true)?;
         let Peer { pid, uid, pidfd } = peer;
         let who = u64::from(uid) << 32 | u64::from(pid.cast_unsigned());
-        let (socket, memories) = (socket.into(), BTreeMap::new());
-        let kept = Kept { socket, who, pidfd, memories_so_far: 0, memories };
         self.next += 1;
-        self.peers.insert(self.next, kept);
+        self.insert(self.next, socket.into(), pidfd, who, 0);
         Ok(Entry::Peer(self.next))
+    }
+
+    fn insert(&mut self, peer: u64, socket: OwnedFd, pidfd: Option<OwnedFd>, who: u64, had: u64) {
+        let name_of_it = name('p', &[peer, who, had]);
+        if let Some(pidfd) = &pidfd {
+            self.manager.store(&name('i', &[peer]), pidfd);
+        }
+        self.manager.store(&name_of_it, &socket);
+        let (memories, ended) = (BTreeMap::new(), None);
+        let kept =
+            Kept { socket, who, pidfd, memories_so_far: had, memories, ended, name: name_of_it };
+        self.peers.insert(peer, kept);
+        self.next = self.next.max(peer);
     }
 
     /// Does what a worker, or a keeper that hands over, says.
@@ -81,27 +114,80 @@ impl Table {
                 let Some(socket) = fds.next() else {
                     return Err(io::ErrorKind::InvalidData.into());
                 };
-                let (pidfd, memories) = (fds.next(), BTreeMap::new());
-                let kept = Kept { socket, who, pidfd, memories_so_far: number, memories };
-                self.peers.insert(peer, kept);
-                self.next = self.next.max(peer);
+                self.insert(peer, socket, fds.next(), who, number);
             }
             Kind::Keep | Kind::Memory => {
                 let is_new = message.kind == Kind::Keep;
-                let fds = message.memory()?;
-                let kept = self.peers.get_mut(&peer).ok_or_else(|| {
-                    io::Error::other(format!("it has a memory of peer {peer}, whom nobody knows"))
-                })?;
-                kept.memories_so_far += u64::from(is_new);
-                kept.memories.insert(number, fds);
+                self.keep(peer, number, message.memory()?, is_new)?;
             }
-            Kind::Drop => {
-                if let Some(kept) = self.peers.get_mut(&peer) {
-                    kept.memories.remove(&number);
-                }
-            }
-            Kind::Forget => drop(self.peers.remove(&peer)),
+            Kind::Drop => self.let_go(peer, number),
+            Kind::Forget => self.forget(peer),
             _ => return Err(io::ErrorKind::InvalidData.into()),
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, peer: u64, memory: u64, fds: [OwnedFd; 3], is_new: bool) -> io::Result<()> {
+        let kept = self.peers.get_mut(&peer).ok_or_else(|| {
+            io::Error::other(format!("it has a memory of peer {peer}, whom nobody knows"))
+        })?;
+        // One that was kept when the keeper died may be told of again.
+        kept.memories_so_far += u64::from(is_new && !kept.memories.contains_key(&memory));
+        let names = PARTS.map(|kind| name(kind, &[peer, memory, kept.memories_so_far]));
+        for (name, fd) in names.iter().zip(&fds) {
+            self.manager.store(name, fd);
+        }
+        if let Some(earlier) = kept.ended.take() {
+            self.manager.remove(&earlier);
+        }
+        kept.memories.insert(memory, Memory { fds, names });
+        Ok(())
+    }
+
+    fn let_go(&mut self, peer: u64, memory: u64) {
+        let Some(kept) = self.peers.get_mut(&peer) else { return };
+        let Some(Memory { names: [uffd, map, record], .. }) = kept.memories.remove(&memory) else {
+            return;
+        };
+        self.manager.remove(&uffd);
+        self.manager.remove(&map);
+        // What says how many memories there have been outlives them.
+        if let Some(earlier) = kept.ended.replace(record) {
+            self.manager.remove(&earlier);
+        }
+    }
+
+    fn forget(&mut self, peer: u64) {
+        let Some(kept) = self.peers.remove(&peer) else { return };
+        let memories = kept.memories.into_values().flat_map(|memory| memory.names);
+        memories.chain(kept.ended).for_each(|name| self.manager.remove(&name));
+        self.manager.remove(&name('i', &[peer]));
+        self.manager.remove(&kept.name);
+    }
+
+    /// Goes on with what an earlier keeper left of a peer. What is there in part was
+    /// being kept, or let go of, when it died.
+    pub(super) fn restore(&mut self, peer: u64, left: LeftPeer) -> io::Result<()> {
+        let Some(socket) = left.socket else { return Ok(()) };
+        self.insert(peer, socket, left.pidfd, left.who, left.had);
+        for (memory, (so_far, fds)) in left.memories {
+            match fds {
+                [Some(uffd), Some(map), Some(record)] => {
+                    if let Some(kept) = self.peers.get_mut(&peer) {
+                        kept.memories_so_far = so_far;
+                    }
+                    self.keep(peer, memory, [uffd, map, record], false)?;
+                }
+                [None, _, Some(_)] => {
+                    if let Some(kept) = self.peers.get_mut(&peer) {
+                        kept.ended = Some(name('r', &[peer, memory, so_far]));
+                    }
+                }
+                _ => {}
+            }
+        }
+        if let Some(kept) = self.peers.get_mut(&peer) {
+            kept.memories_so_far = left.so_far;
         }
         Ok(())
     }
@@ -124,8 +210,8 @@ impl Table {
                 send(to, Kind::Peer, [peer, kept.memories_so_far, kept.who], &fds)
             }
             Entry::Memory(peer, memory) => {
-                let fds = self.peers.get(&peer).and_then(|kept| kept.memories.get(&memory));
-                let Some(fds) = fds else { return Ok(()) };
+                let kept = self.peers.get(&peer).and_then(|kept| kept.memories.get(&memory));
+                let Some(Memory { fds, .. }) = kept else { return Ok(()) };
                 send(to, Kind::Memory, [peer, memory, 0], &fds.each_ref().map(AsFd::as_fd))
             }
         }

@@ -101,7 +101,7 @@ impl Kept {
         self.stopper.write_all(b"x").unwrap();
         match self.thread.take().unwrap().join().unwrap().unwrap() {
             KeeperEnd::Worker(status) => assert!(status.success(), "{status}"),
-            KeeperEnd::Replaced => panic!("replaced by nobody"),
+            other => panic!("{other:?}"),
         }
         assert!(!self.socket.exists(), "the socket is left behind");
     }
