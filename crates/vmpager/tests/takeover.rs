@@ -206,6 +206,7 @@ fn daemons_that_replace_each_other_lose_nothing() {
     let plan = Plan { pages: 2049, slow_us: Some(300), ..Plan::default() };
     let mut kept = Kept::start(this_test!(), &plan);
     let other = Plan { pages: 2048, ..Plan::default() };
+    let of_another_version = Plan { other_layout: true, ..Plan::default() };
     let (mut done, mut rounds, mut longest) = (0, 0, 0);
     while done < replaces {
         let vm = Vm {
@@ -218,6 +219,8 @@ fn daemons_that_replace_each_other_lose_nothing() {
         let mut child = vm.spawn(this_test!());
         let problem = kept.cannot_be_replaced(this_test!(), &other);
         assert!(problem.contains("another source; nothing was taken"), "{problem}");
+        let problem = kept.cannot_be_replaced(this_test!(), &of_another_version);
+        assert!(problem.contains("this program's of 0x6300000001; nothing was taken"), "{problem}");
         for _ in 0..10 {
             kept.replace(this_test!(), &plan);
             done += 1;

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use vmpager::core::ByteRange;
 use vmpager::{Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperEnd, KeeperError, KeeperLink};
+use vmpager_sys::peer::send_with_fds;
 
 use super::{Random, child, faulty};
 
@@ -34,6 +35,8 @@ pub(crate) struct Plan {
     pub(crate) point: Option<(String, u32)>,
     /// The last page never comes.
     pub(crate) hold_last: bool,
+    /// They are of a program that reads page maps and records of another version.
+    pub(crate) other_layout: bool,
 }
 
 /// A keeper that runs.
@@ -130,6 +133,13 @@ pub(crate) fn run_if_worker() -> bool {
     let (plan, dir): (Plan, PathBuf) = serde_json::from_str(task).unwrap();
     super::log::everywhere();
     let channel = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    if plan.other_layout {
+        // What a worker says when it is ready: that, its layout, what it serves.
+        let words = [16, 99_u64 << 32 | 1, 0, 0].map(u64::to_le_bytes);
+        send_with_fds(&channel, words.as_flattened(), &[]).unwrap();
+        std::thread::sleep(Duration::from_secs(60));
+        return true;
+    }
     if let Some(most) = plan.kill_within_ms {
         let seed = u64::from(std::process::id());
         let dir = dir.clone();
