@@ -363,7 +363,13 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
         "serving"
     );
     let mut report = ServeReport::default();
-    keep_metrics(args, &report)?;
+    let keep_metrics = |report: &mut ServeReport| {
+        let Some(path) = &args.metrics_json else { return Ok(()) };
+        report.peak_rss_bytes = peak_rss();
+        report.remote = memory.remote_numbers().map(RemoteReport::from);
+        output::replace_file(path, &serde_json::to_vec_pretty(report)?)
+    };
+    keep_metrics(&mut report)?;
     daemon.run(&mut |event| {
         match event {
             DaemonEvent::SessionStarted { .. } => report.active += 1,
@@ -374,9 +380,7 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
                 }
             }
         }
-        report.peak_rss_bytes = peak_rss();
-        report.remote = memory.remote_numbers().map(RemoteReport::from);
-        if let Err(error) = keep_metrics(args, &report) {
+        if let Err(error) = keep_metrics(&mut report) {
             error!("{error:#}");
         }
     })?;
@@ -471,12 +475,5 @@ fn as_held(path: &Path, held: Option<&OwnedFd>) -> PathBuf {
     match held.filter(|held| same(held) != Some(true)) {
         Some(held) => format!("/proc/self/fd/{}", held.as_raw_fd()).into(),
         None => path.to_owned(),
-    }
-}
-
-fn keep_metrics(args: &ServeArgs, report: &ServeReport) -> anyhow::Result<()> {
-    match &args.metrics_json {
-        Some(path) => output::replace_file(path, &serde_json::to_vec_pretty(report)?),
-        None => Ok(()),
     }
 }

@@ -14,6 +14,7 @@
 //!             -> poisoned(part)           cannot ever
 //! ```
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::addr::{ByteRange, Hva, PageRun, PageSize};
@@ -118,7 +119,8 @@ impl<W: Words> Engine<W> {
     }
 
     /// An engine that goes on where another one was interrupted, in a process
-    /// that has ended, with the page map it left in `words`.
+    /// that has ended, with the page map it left in `words`. Of these the `written`
+    /// ones may be other than zero; others are not looked at.
     ///
     /// # Errors
     ///
@@ -126,9 +128,10 @@ impl<W: Words> Engine<W> {
     pub fn take_over(
         slots: SlotSet,
         words: W,
+        written: &[Range<usize>],
         neighbours: NeighbourPolicy,
     ) -> Result<Self, MapError> {
-        Ok(Self::over(Pages::take_over(slots, words)?, neighbours))
+        Ok(Self::over(Pages::take_over(slots, words, written)?, neighbours))
     }
 
     fn over(pages: Pages<W>, neighbours: NeighbourPolicy) -> Self {

@@ -49,10 +49,12 @@
 //! 64 can be handed over as it lies. What other processes may rely on is in
 //! `docs/sharing.md`.
 
+mod takeover;
+
 use std::ops::Deref;
 
+pub use self::takeover::Unfinished;
 use crate::addr::PageRun;
-use crate::present::{MapError, read_header};
 use crate::sync::{AtomicU64, Ordering};
 
 /// Words before the bitmap: 4 KiB, so that the bitmap can be mapped by itself.
@@ -183,23 +185,6 @@ impl<W: Words> PageMap<W> {
         map
     }
 
-    /// Takes over the map of `pages` pages that a process which has ended left in
-    /// these words. What it had claimed is to be fetched again.
-    ///
-    /// # Errors
-    ///
-    /// If it has another layout, or is of other pages.
-    pub fn take_over(words: W, pages: u64) -> Result<Self, MapError> {
-        let written = read_header(&words)?;
-        let len = words.words().len();
-        if written != pages || len < words_for(pages) {
-            return Err(MapError::Field { field: "number of pages", value: written, words: len });
-        }
-        let map = Self::over(words, pages);
-        map.release(PageRun::new(0, pages));
-        Ok(map)
-    }
-
     fn over(words: W, pages: u64) -> Self {
         let content = HEADER_WORDS + to_index(pages.div_ceil(64));
         let holes = content + to_index(pages.div_ceil(32));
@@ -258,23 +243,6 @@ impl<W: Words> PageMap<W> {
             .sum::<u64>()
             // Beyond the last page no bit is set.
             - (self.pages.next_multiple_of(64) - self.pages)
-    }
-
-    /// Number of pages whose bytes are still to come from the source.
-    pub fn count_outstanding(&self) -> u64 {
-        let words = (0..self.pages.div_ceil(32)).map(|word| {
-            let content = self.content_word(word).load(Ordering::Acquire);
-            let present = spread(self.present_bits(word / 2) >> (32 * (word % 2)));
-            u64::from((!(content >> 1) & !present & EVEN).count_ones())
-        });
-        words.sum()
-    }
-
-    /// Number of pages in small holes of the source that have no memory yet.
-    pub fn count_holes(&self) -> u64 {
-        let words = (0..self.pages.div_ceil(64))
-            .map(|word| u64::from(self.hole_word(word).load(Ordering::Acquire).count_ones()));
-        words.sum()
     }
 
     /// Claims as many pages as possible from `first` upwards, `max` at most:

@@ -8,6 +8,8 @@
 //! installers need a gate, shared by those who install, held alone by who
 //! reads events and applies them.
 
+use std::ops::Range;
+
 use crate::addr::{PageRun, PageSize};
 use crate::page_map::{Content, PageMap, Words};
 use crate::present::MapError;
@@ -36,11 +38,14 @@ impl<W: Words> Pages<W> {
     }
 
     /// The pages of these slots, as a process that has ended left them in
-    /// `words`.
-    pub(crate) fn take_over(slots: SlotSet, words: W) -> Result<Self, MapError> {
-        let map = PageMap::take_over(words, slots.pages())?;
-        let outstanding = AtomicU64::new(map.count_outstanding());
-        let holes = AtomicU64::new(map.count_holes());
+    /// `words`, of which the `written` ones may be other than zero.
+    pub(crate) fn take_over(
+        slots: SlotSet,
+        words: W,
+        written: &[Range<usize>],
+    ) -> Result<Self, MapError> {
+        let (map, left) = PageMap::take_over(words, slots.pages(), written)?;
+        let (outstanding, holes) = (AtomicU64::new(left.outstanding), AtomicU64::new(left.holes));
         Ok(Self { map, slots, outstanding, holes })
     }
 

@@ -8,6 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::fs::SeekFrom;
+
 use crate::memfd;
 use crate::memory::Mapping;
 
@@ -52,6 +54,28 @@ impl SharedWords {
     /// The memfd, to pass to another process.
     pub fn memfd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// The words that were ever written, to whole pages: all others are zero, and have
+    /// no memory until somebody looks at them.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel does not say (lseek(2)).
+    pub fn written(&self) -> io::Result<Vec<Range<usize>>> {
+        let mut written = Vec::new();
+        let mut at = 0;
+        loop {
+            let start = match rustix::fs::seek(&self.fd, SeekFrom::Data(at)) {
+                Ok(start) => start,
+                // There is no more.
+                Err(rustix::io::Errno::NXIO) => return Ok(written),
+                Err(error) => return Err(error.into()),
+            };
+            at = rustix::fs::seek(&self.fd, SeekFrom::Hole(start))?;
+            let word = |byte: u64| usize::try_from(byte / 8).map_err(io::Error::other);
+            written.push(word(start)?..word(at)?.min(self.words));
+        }
     }
 
     /// Keeps the kernel from taking the words' memory away, however long they
@@ -167,6 +191,20 @@ mod tests {
         writer.expect("sealed")[999].store(7, Ordering::Release);
         assert_eq!((reader.count(), reader.load(999), reader.load(1000)), (1000, Some(7), None));
         assert!(SharedWords::open(fd).is_err(), "cannot be written by way of this descriptor");
+    }
+
+    #[test]
+    fn what_was_never_written_has_no_memory() {
+        let words = SharedWords::new("test", 10 * 512).expect("a memfd");
+        assert_eq!(words.written().expect("said"), []);
+        for word in [512, 1030, 5119] {
+            words[word].store(1, Ordering::Relaxed);
+        }
+        let successor = words.memfd().try_clone_to_owned().and_then(SharedWords::open);
+        let successor = successor.expect("sealed");
+        assert_eq!(successor.written().expect("said"), [512..1536, 4608..5120]);
+        assert_eq!(successor[2000].load(Ordering::Relaxed), 0, "a look fills it");
+        assert_eq!(words.written().expect("said"), [512..2048, 4608..5120]);
     }
 
     #[test]

@@ -170,7 +170,7 @@ impl Daemon {
             connection.hold(Some(Box::new(served)));
             return;
         }
-        let memory_bytes = served.numbers().memory_bytes;
+        let memory_bytes = served.bytes();
         connection.add_memory(memory, memory_bytes);
         self.memories.insert(memory, (id, worker));
         let takeovers = served.takeovers();

@@ -257,6 +257,11 @@ impl Served {
         self.record.takeovers()
     }
 
+    /// How much memory it is.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.engine.slots().bytes()
+    }
+
     /// The descriptor that is readable while somebody waits.
     pub(crate) fn events(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()

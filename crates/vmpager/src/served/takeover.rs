@@ -2,6 +2,7 @@
 //! told to make way. What it left is in its page map and its record; the
 //! [`record`](super::record) says why that is enough.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 
 use tracing::{error, warn};
@@ -21,6 +22,8 @@ pub(crate) enum TakeoverError {
     Slots(#[from] SlotError),
     #[error(transparent)]
     Map(#[from] MapError),
+    #[error("its page map: {0}")]
+    Io(#[from] io::Error),
 }
 
 impl Served {
@@ -37,7 +40,8 @@ impl Served {
         options: &ServeOptions,
     ) -> Result<Self, TakeoverError> {
         let slots = SlotSet::new(&state.record.slots()?, source.len())?;
-        let engine = Engine::take_over(slots, state.map, options.neighbours)?;
+        let written = state.map.written()?;
+        let engine = Engine::take_over(slots, state.map, &written, options.neighbours)?;
         let mut served = Self::over(id, uffd, engine, state.record, options);
         served.apply_what_was_left();
         kill::point("taken over");
