@@ -7,12 +7,14 @@ mod common;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::num::NonZero;
-use std::os::unix::net::UnixListener;
-use std::process::{Child, Command, Output, Stdio};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{Guest, PATIENCE, Served, VMPAGER, eventually, have_userfaultfd, kill};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
@@ -28,11 +30,20 @@ struct Terminal {
     tty: File,
     before: String,
     screen: Arc<Mutex<vt100::Parser>>,
+    /// Reads what is drawn, until the other end of `closed` is.
+    reader: JoinHandle<()>,
+    closed: UnixStream,
 }
 
 impl Terminal {
     fn start(args: &[&str]) -> Self {
-        let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        Self::start_by(&["setsid", "--ctty"], args)
+    }
+
+    /// The same, started by another program: the terminal may be one that does not
+    /// control it.
+    fn start_by(by: &[&str], args: &[&str]) -> Self {
+        let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&user).unwrap();
         unlockpt(&user).unwrap();
         let size = Winsize { ws_row: ROWS, ws_col: COLUMNS, ws_xpixel: 0, ws_ypixel: 0 };
@@ -40,8 +51,9 @@ impl Terminal {
         let name = ptsname(&user, Vec::new()).unwrap().into_string().unwrap();
         let tty = File::options().read(true).write(true).open(name).unwrap();
         let before = format!("{:?}", tcgetattr(&tty).unwrap());
-        let child = Command::new("setsid")
-            .args(["--ctty", VMPAGER, "top"])
+        let child = Command::new(by[0])
+            .args(&by[1..])
+            .args([VMPAGER, "top"])
             .args(args)
             .env("TERM", "xterm-256color")
             .stdin(tty.try_clone().unwrap())
@@ -52,16 +64,24 @@ impl Terminal {
         let keys = File::from(user);
         let (rows, columns) = (NonZero::new(ROWS).unwrap(), NonZero::new(COLUMNS).unwrap());
         let screen = Arc::new(Mutex::new(vt100::Parser::new(rows, columns, 0)));
-        std::thread::spawn({
+        let (closed, ends) = UnixStream::pair().unwrap();
+        let reader = std::thread::spawn({
             let (screen, mut output) = (screen.clone(), keys.try_clone().unwrap());
             move || {
                 let mut bytes = [0; 4096];
-                while let Ok(count @ 1..) = output.read(&mut bytes) {
+                loop {
+                    let mut fds =
+                        [PollFd::new(&output, PollFlags::IN), PollFd::new(&ends, PollFlags::IN)];
+                    poll(&mut fds, None).unwrap();
+                    if !fds[1].revents().is_empty() {
+                        return;
+                    }
+                    let Ok(count @ 1..) = output.read(&mut bytes) else { return };
                     screen.lock().unwrap().process(&bytes[..count]);
                 }
             }
         });
-        Self { child, keys, tty, before, screen }
+        Self { child, keys, tty, before, screen, reader, closed }
     }
 
     fn lines(&self) -> Vec<String> {
@@ -87,6 +107,20 @@ impl Terminal {
             assert!(Instant::now() < until, "{what} is not on the screen: {:#?}", self.lines());
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Its window is closed. Returns how the program ended.
+    fn close(self) -> ExitStatus {
+        let Self { mut child, keys, tty, reader, closed, .. } = self;
+        drop(closed);
+        reader.join().unwrap();
+        drop((keys, tty));
+        let mut status = None;
+        eventually("the end of the program", || {
+            status = child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
     }
 
     /// It has ended; the terminal is as it was.
@@ -168,6 +202,24 @@ fn sessions_are_watched_selected_sorted_and_inspected_on_a_terminal() {
     terminal.press("q");
     let output = terminal.ended();
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    served.stop();
+}
+
+/// Whether the kernel tells by a signal, or not at all.
+#[test]
+fn it_ends_when_its_terminal_goes() {
+    if !have_userfaultfd() {
+        return;
+    }
+    let served = Served::start(&[]);
+    for by in [&["setsid", "--ctty"][..], &["setsid"], &["env", "--ignore-signal=HUP"]] {
+        let mut terminal = Terminal::start_by(by, &["--metrics", &served.endpoint()]);
+        terminal.expect("no session", |lines| lines[1].starts_with("sessions 0 now"));
+        // It hears keys by now.
+        terminal.press("s");
+        let status = terminal.close();
+        assert!(!status.success(), "{by:?}: {status}");
+    }
     served.stop();
 }
 

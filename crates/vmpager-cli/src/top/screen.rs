@@ -1,5 +1,6 @@
 //! `vmpager top` on a terminal: looks on one thread, draws and hears keys on another,
-//! so that a daemon that does not answer holds up nobody's keys.
+//! so that a daemon that does not answer holds up nobody's keys. A third one ends the
+//! program when the terminal goes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vmpager::metrics::{Endpoint, LookError, SessionsPage};
 
@@ -36,10 +38,29 @@ pub(super) fn run(endpoint: Endpoint, interval: Duration) -> anyhow::Result<()> 
         .name("look".into())
         .spawn(move || look(&endpoint, interval, &to))
         .context("starting a thread")?;
+    std::thread::Builder::new()
+        .name("terminal".into())
+        .spawn(end_with_terminal)
+        .context("starting a thread")?;
     let mut terminal = ratatui::try_init().context("drawing on the terminal")?;
     let shown = show(&mut terminal, &mut model, &looks, &ended);
     ratatui::try_restore().context("giving the terminal back")?;
     shown
+}
+
+/// Ends the program when its terminal has gone, since what hears keys goes on trying to
+/// read them. There is nobody to tell, and nothing to give back.
+fn end_with_terminal() {
+    let terminal = std::io::stdin();
+    loop {
+        // A hang-up is told of without being asked for.
+        let mut looked = [PollFd::new(&terminal, PollFlags::empty())];
+        match poll(&mut looked, None) {
+            Ok(_) if looked[0].revents().is_empty() => {}
+            Err(rustix::io::Errno::INTR) => {}
+            _ => std::process::exit(1),
+        }
+    }
 }
 
 fn look(endpoint: &Endpoint, interval: Duration, to: &Sender<Look>) {
