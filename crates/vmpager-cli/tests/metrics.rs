@@ -81,7 +81,8 @@ fn a_scraper_sees_what_the_session_itself_counts() {
     let page: Value = serde_json::from_str(&served.get("/sessions.json")).unwrap();
     let refused = UnixStream::connect(served.path("pager.sock")).unwrap();
     (&refused).write_all(b"nonsense").unwrap();
-    eventually("a refusal", || Scrape::of(&served).number("refused") == 1.0);
+    eventually("a refusal", || Scrape::of(&served).labelled("refused", "handshake") == 1.0);
+    assert_eq!(Scrape::of(&served).sum("refused"), 1.0);
 
     let output = served.stop();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -118,6 +119,24 @@ fn a_scraper_sees_what_the_session_itself_counts() {
     assert_eq!(session["resident_bytes"], 40 * 4096);
     assert_eq!(session["fill"], "off");
     guest.touch(0..40);
+}
+
+#[test]
+fn refusals_are_counted_by_limit() {
+    if !have_userfaultfd() {
+        return;
+    }
+    for (limits, reason) in
+        [(["--max-sessions", "1"], "sessions"), (["--max-memory", "64K"], "memory")]
+    {
+        let served = Served::start(&limits);
+        let guests = [(); 2].map(|()| Guest::connect(&served.path("pager.sock")));
+        let refused = if reason == "memory" { 2.0 } else { 1.0 };
+        eventually(reason, || Scrape::of(&served).labelled("refused", reason) == refused);
+        assert_eq!(Scrape::of(&served).sum("refused"), refused, "{limits:?}");
+        drop(guests);
+        served.stop();
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use vmpager_sys::uffd::Userfaultfd;
 
 use crate::attach::Entrance;
 use crate::handshake::{Handshake, HandshakeError, Inbox};
+use crate::metrics::Refusal;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served, State};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
@@ -40,6 +41,20 @@ pub(super) struct Admission {
     pub(super) sessions: usize,
     /// The most memory of one VM.
     pub(super) max_memory: u64,
+}
+
+/// Why a memory is not served.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) why: Refusal,
+    /// What is wrong, and what to do.
+    pub(super) problem: String,
+}
+
+impl From<String> for Refused {
+    fn from(problem: String) -> Self {
+        Self { why: Refusal::Handshake, problem }
+    }
 }
 
 /// What came of listening to a peer once.
@@ -233,24 +248,26 @@ impl Connection {
         slots: &[Slot],
         uffd: OwnedFd,
         limits: &Admission,
-    ) -> Result<OwnedFd, String> {
+    ) -> Result<OwnedFd, Refused> {
         let bytes = slots.iter().fold(self.handed_over, |sum, slot| sum.saturating_add(slot.len));
-        let problem = if limits.full && self.memories.is_empty() {
-            format!(
+        let (why, problem) = if limits.full && self.memories.is_empty() {
+            let problem = format!(
                 "{} VMs are served, and no more are admitted (--max-sessions); end one of them, \
                  or ask another pager",
                 limits.sessions
-            )
+            );
+            (Refusal::Sessions, problem)
         } else if bytes > limits.max_memory {
-            format!(
+            let problem = format!(
                 "it has {bytes:#x} bytes of memory, and a VM may have {:#x} (--max-memory)",
                 limits.max_memory
-            )
+            );
+            (Refusal::Memory, problem)
         } else {
             return Ok(uffd);
         };
         self.refused.push(uffd);
-        Err(problem)
+        Err(Refused { why, problem })
     }
 
     /// Checks an offer. On failure its descriptor is kept open.

@@ -29,7 +29,7 @@ use vmpager_core::PageSource;
 use vmpager_sys::peer::Peer;
 
 pub use self::access::Access;
-use self::connection::{Arrival, Connection};
+use self::connection::{Arrival, Connection, Refused};
 use self::front::Front;
 pub use self::kept::KeeperLink;
 pub use self::listener::listen;
@@ -284,7 +284,7 @@ impl Daemon {
             .collect();
         for id in late {
             let problem = self.connections.get_mut(&id).map(Connection::late);
-            self.refuse(id, &problem.unwrap_or_default());
+            self.refuse(id, &problem.unwrap_or_default().into());
         }
         if self.probe_at.is_some_and(|at| at <= now) {
             self.probe_at = None;
@@ -349,13 +349,13 @@ impl Daemon {
                     return;
                 }
                 Ok(Arrival::Memory(memory)) => {
-                    if let Err(problem) = self.admit(id, memory, watcher) {
-                        self.refuse(id, &problem);
+                    if let Err(refused) = self.admit(id, memory, watcher) {
+                        self.refuse(id, &refused);
                         return;
                     }
                 }
                 Err(problem) => {
-                    self.refuse(id, &problem.to_string());
+                    self.refuse(id, &problem.to_string().into());
                     return;
                 }
             }
@@ -368,7 +368,7 @@ impl Daemon {
         id: u64,
         offer: connection::Offer,
         watcher: &mut dyn FnMut(DaemonEvent<'_>),
-    ) -> Result<(), String> {
+    ) -> Result<(), Refused> {
         let source = &*self.config.source;
         let worker = self.least_busy_worker(id);
         let sessions = self.connections.values().filter(|it| !it.memories().is_empty()).count();
@@ -390,7 +390,7 @@ impl Daemon {
         let mut served = connection.adapt(served, &self.config.options);
         if let Err(error) = self.front.keep(session_of(id), &served) {
             connection.hold(Some(Box::new(served)));
-            return Err(format!("having it kept: {error}"));
+            return Err(format!("having it kept: {error}").into());
         }
         kill::point("kept");
         let to = self.workers[worker].teller();
@@ -405,7 +405,7 @@ impl Daemon {
         info!(session, peer_pid, memory_bytes, "serving");
         watcher(DaemonEvent::SessionStarted { session, peer_pid, memory_bytes });
         if !self.workers[worker].tell(Command::Serve(Box::new(served))) {
-            return Err("the worker thread has ended".into());
+            return Err("the worker thread has ended".to_owned().into());
         }
         // The worker hears of the memory before it hears of those who come.
         if let Some(door) = opening.and_then(doors::Opening::open) {
@@ -500,10 +500,10 @@ impl Daemon {
 
     /// A peer did something that cannot be served. Its descriptors stay open
     /// until it exits: closing the last one would let its VM read zeroes.
-    fn refuse(&mut self, id: u64, problem: &str) {
+    fn refuse(&mut self, id: u64, refused: &Refused) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
-        error!(peer_pid = connection.pid(), "refused: {problem}");
-        self.board.refused();
+        error!(peer_pid = connection.pid(), "refused: {}", refused.problem);
+        self.board.refused(refused.why);
         connection.refuse();
         self.forget_if_done(id);
     }

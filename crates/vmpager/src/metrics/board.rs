@@ -64,7 +64,19 @@ pub(super) struct Events {
     pub(super) taken_over: u64,
     /// Sessions that ended: filled, their peer exited, stopped, failed.
     pub(super) ended: [u64; 4],
-    pub(super) refused: u64,
+    /// Peers that were refused, by [`Refusal`].
+    pub(super) refused: [u64; 3],
+}
+
+/// Why a peer is turned away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// Its handshake is of no use, or has not come.
+    Handshake,
+    /// As many VMs are served as may be.
+    Sessions,
+    /// It has more memory than a VM may have.
+    Memory,
 }
 
 /// Everything, at about one time.
@@ -144,9 +156,9 @@ impl Board {
         } += 1;
     }
 
-    /// A peer's handshake was refused.
-    pub(crate) fn refused(&self) {
-        self.state().events.refused += 1;
+    /// A peer was turned away.
+    pub(crate) fn refused(&self, why: Refusal) {
+        self.state().events.refused[why as usize] += 1;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -242,7 +254,7 @@ impl Snapshot {
             takeovers: self.takeovers,
             sessions_started: self.events.started,
             sessions_ended: self.events.ended.iter().sum(),
-            refused: self.events.refused,
+            refused: self.events.refused.iter().sum(),
             sessions: self.sessions.clone(),
         }
     }

@@ -23,7 +23,7 @@ mod request;
 mod server;
 mod text;
 
-pub(crate) use self::board::{Board, Keeping};
+pub(crate) use self::board::{Board, Keeping, Refusal};
 pub use self::buckets::STALL_BOUNDS_NS;
 pub(crate) use self::buckets::{SourceStats, counts};
 pub use self::client::LookError;

@@ -22,7 +22,7 @@ pub struct SessionsPage {
     pub sessions_started: u64,
     /// Sessions that have ended.
     pub sessions_ended: u64,
-    /// Peers whose handshake was refused.
+    /// Peers that were turned away.
     pub refused: u64,
     /// Sessions being served, oldest first.
     pub sessions: Vec<SessionNow>,

@@ -71,8 +71,14 @@ impl Snapshot {
                 ("failed", failed),
             ],
         )?;
-        let help = "Peers whose handshake was refused";
-        to.counter("refused", help, None, self.events.refused)?;
+        let [handshake, sessions, memory] = self.events.refused;
+        to.counters(
+            "refused",
+            "Peers that were turned away, by why",
+            None,
+            "reason",
+            &[("handshake", handshake), ("sessions", sessions), ("memory", memory)],
+        )?;
         let bytes = Some(Unit::Bytes);
         let help = "Memory of the sessions being served";
         to.gauge("memory", help, bytes.clone(), self.live.memory_bytes())?;
