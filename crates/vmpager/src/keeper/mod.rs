@@ -23,7 +23,7 @@
 //!
 //! If the keeper itself is killed, its worker goes on serving the VMs it has and
 //! takes no new ones; nobody is left to take over from it. Unless a service manager
-//! holds copies of what the keeper holds ([`manager`]): then the next keeper has them.
+//! holds copies of what the keeper holds (`manager`): then the next keeper has them.
 
 mod config;
 mod gate;
