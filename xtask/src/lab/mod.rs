@@ -57,6 +57,9 @@ pub(crate) struct LabArgs {
     /// Only run tests whose name has this in it.
     #[arg(long, value_name = "TEXT", default_value = "")]
     filter: String,
+    /// None of the tests with this in their name. May be given more than once.
+    #[arg(long, value_name = "TEXT")]
+    except: Vec<String>,
     /// Also run the tests that take minutes.
     #[arg(long, env = "VMPAGER_LAB_LONG")]
     long: bool,
@@ -77,7 +80,9 @@ pub(crate) struct LabArgs {
 
 impl LabArgs {
     fn wants(&self, case: &Case) -> bool {
-        case.name.contains(&self.filter) && (self.long || case.boot != LONG)
+        case.name.contains(&self.filter)
+            && !self.except.iter().any(|text| case.name.contains(text))
+            && (self.long || case.boot != LONG)
     }
 
     /// Two machines on two CPUs take as long as one after the other.

@@ -52,7 +52,7 @@ pub(super) struct Size {
 
 /// Memory enough for a small kernel, its init and the load.
 pub(super) const SMALL: Size =
-    Size { vcpus: 1, memory_mib: 128, still: 4096, readers: 1, moving: 1024 };
+    Size { vcpus: 1, memory_mib: 128, still: 2048, readers: 1, moving: 512 };
 
 /// The same with two vCPUs.
 pub(super) const TWO: Size = Size { vcpus: 2, ..SMALL };

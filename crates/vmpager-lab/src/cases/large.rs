@@ -13,7 +13,7 @@ use super::saved::Saved;
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
 /// More than the load of [`TWO`] needs, in MiB and in huge pages.
-const HUGE: Size = Size { memory_mib: 96, still: 2048, ..TWO };
+const HUGE: Size = Size { memory_mib: 96, ..TWO };
 const HUGE_PAGES: u64 = 96 / 2;
 
 /// Guest memory in huge pages of 2 MiB, saved and brought back so.

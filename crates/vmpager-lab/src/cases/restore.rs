@@ -12,7 +12,7 @@ use super::pager::Serve;
 use super::saved::Saved;
 
 /// How much the load must do after a restore: most pages are touched by then.
-const WORK: u64 = 4000;
+const WORK: u64 = 2000;
 
 const THROUGH_PAGER: [&str; 3] = ["on-demand", "--pager", "pager.sock"];
 
@@ -96,7 +96,7 @@ pub(super) fn a_broken_byte_of_memory_is_found_by_the_guest(lab: &Lab) -> anyhow
     let verdict = guest.verdict()?;
     ensure!(!verdict.is_right, "the guest found nothing wrong with a broken byte");
     let is_it =
-        |line: &String| line.contains("Still page 2048 ") && line.contains(" at byte 1232:");
+        |line: &String| line.contains("Still page 1024 ") && line.contains(" at byte 1232:");
     ensure!(verdict.wrong.iter().any(is_it), "it found something else: {:#?}", verdict.wrong);
     guest.terminate().map(|_| ())
 }
@@ -104,7 +104,7 @@ pub(super) fn a_broken_byte_of_memory_is_found_by_the_guest(lab: &Lab) -> anyhow
 /// Ten VMs from one snapshot, by one pager, at the same time.
 pub(super) fn ten_restores_side_by_side(lab: &Lab) -> anyhow::Result<()> {
     const GUESTS: usize = 10;
-    const SIZE: Size = Size { still: 1024, moving: 512, ..SMALL };
+    const SIZE: Size = Size { still: 512, moving: 256, ..SMALL };
     let saved = Saved::shared(lab, &SIZE)?;
     let serve = Serve::start(lab, &saved.memory, &[])?;
     let begin = Instant::now();

@@ -34,7 +34,7 @@ impl Saved {
         let line = dir.join("beat");
         if !line.exists() {
             let mut guest = Guest::boot(lab, size)?;
-            guest.work(2000)?;
+            guest.work(1000)?;
             let (beat, ran_on) = save(lab, guest, &dir)?;
             // The last file: with it the snapshot is complete.
             fs::write(&line, format!("{} {beat}", ran_on.as_millis()))
