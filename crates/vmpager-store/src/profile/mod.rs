@@ -8,6 +8,7 @@
 
 mod file;
 mod identity;
+mod order;
 mod recorder;
 
 use std::collections::HashMap;
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use crate::image::{ImageError, MemoryInput};
 
 pub use self::identity::{MemoryIdentity, Mismatch};
+pub use self::order::replay_order;
 pub use self::recorder::Recorder;
 
 /// A page that was touched, and when: microseconds after its session began.
@@ -109,13 +111,6 @@ pub enum ProfileError {
     #[error(transparent)]
     Memory(#[from] ImageError),
 }
-
-/// The part of a profile that is replayed first: some pages, in the order of their
-/// addresses. Each further part is twice as large, up to [`MAX_WAVE`].
-const FIRST_WAVE: usize = 64;
-/// The largest part: 16 MiB. Within a part, pages that are neighbours come
-/// together; larger ones would bring pages long before they are needed.
-const MAX_WAVE: usize = 4096;
 
 impl Profile {
     /// A profile of a memory of which nothing was recorded yet.
@@ -220,33 +215,8 @@ impl Profile {
         self.pages.sort_unstable_by_key(|page| (page.first_us, page.page));
     }
 
-    /// The order in which to bring the pages in, and to store them: the order of
-    /// their first touch in the large, that of their addresses within some
-    /// hundreds or thousands of pages, so that neighbours are brought in together.
+    /// The order in which to bring the pages in, and to store them: [`replay_order`].
     pub fn replay_order(&self) -> Vec<Range<u32>> {
         replay_order(&self.pages.iter().map(|page| page.page).collect::<Vec<_>>())
     }
-}
-
-/// The same of pages in the order of their first touch; none may be there twice.
-pub fn replay_order(mut rest: &[u32]) -> Vec<Range<u32>> {
-    let mut order: Vec<Range<u32>> = Vec::new();
-    let mut wave = FIRST_WAVE;
-    while !rest.is_empty() {
-        let (now, later) = rest.split_at(wave.min(rest.len()));
-        let mut pages = now.to_vec();
-        pages.sort_unstable();
-        let mut start = order.len();
-        for page in pages {
-            match order.get_mut(start) {
-                Some(run) if run.end == page => run.end = page + 1,
-                _ => {
-                    start = order.len();
-                    order.push(page..page + 1);
-                }
-            }
-        }
-        (rest, wave) = (later, (wave * 2).min(MAX_WAVE));
-    }
-    order
 }
