@@ -20,10 +20,10 @@ const THROUGH_PAGER: [&str; 3] = ["on-demand", "--pager", SOCKET];
 
 /// In the end the guest touches every page, which takes as long as there are
 /// pages.
-const SIZE: Size = Size { still: 1024, moving: 256, ..TWO };
+const SIZE: Size = Size { still: 512, moving: 128, ..TWO };
 
 /// How much the load must do after a restore.
-const WORK: u64 = 500;
+const WORK: u64 = 300;
 
 /// Each page takes a millisecond, and comes alone.
 pub(super) fn restored_from_a_slow_source_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
