@@ -2,7 +2,7 @@
 #![cfg(not(loom))]
 
 use vmpager_core::PageRun;
-use vmpager_core::prefetch::{FillPace, NeighbourPolicy, Neighbours, Prefetch};
+use vmpager_core::prefetch::{NeighbourPolicy, Neighbours, Pace, Prefetch};
 
 const ALL: PageRun = PageRun::new(0, 2048);
 
@@ -81,17 +81,17 @@ fn a_page_beyond_the_map_gets_no_neighbours() {
 
 #[test]
 fn fill_pieces_grow_to_4_mib() {
-    let mut pace = FillPace::new();
+    let mut pace = Pace::new();
     let pieces: Vec<u64> = (0..8).map(|_| pace.next_pages()).collect();
     assert_eq!(pieces, [16, 32, 64, 128, 256, 512, 1024, 1024]);
-    assert_eq!(FillPace::default().next_pages(), 16);
+    assert_eq!(Pace::default().next_pages(), 16);
 }
 
 /// Up to 32 MiB in place, a fault makes the next piece an eighth of that, to a
 /// power of two below.
 #[test]
 fn a_piece_after_a_fault_is_a_fraction_of_what_is_filled() {
-    let mut pace = FillPace::new();
+    let mut pace = Pace::new();
     let mut filled = 0;
     let mut seen = Vec::new();
     while filled < 8 * 1024 + 2048 {
@@ -109,7 +109,7 @@ fn a_piece_after_a_fault_is_a_fraction_of_what_is_filled() {
 
 #[test]
 fn pieces_grow_again_from_the_fraction() {
-    let mut pace = FillPace::new();
+    let mut pace = Pace::new();
     let filled: u64 = (0..8).map(|_| pace.next_pages()).sum();
     assert_eq!(filled, 3056);
     pace.demanded();
@@ -119,7 +119,7 @@ fn pieces_grow_again_from_the_fraction() {
 
 #[test]
 fn faults_alone_fill_nothing() {
-    let mut pace = FillPace::new();
+    let mut pace = Pace::new();
     for _ in 0..10_000 {
         pace.demanded();
     }

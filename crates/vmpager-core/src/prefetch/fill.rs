@@ -1,6 +1,6 @@
 //! All pages, one after the other.
 
-use super::{FillPace, Prefetch};
+use super::{Pace, Prefetch};
 use crate::addr::PageRun;
 
 /// Brings in every page, in the order of the page map.
@@ -9,13 +9,13 @@ pub struct Fill {
     /// Every page below this one has had its turn.
     at: u64,
     pages: u64,
-    pace: FillPace,
+    pace: Pace,
 }
 
 impl Fill {
     /// Of a page map of so many pages.
     pub fn new(pages: u64) -> Self {
-        Self { at: 0, pages, pace: FillPace::new() }
+        Self { at: 0, pages, pace: Pace::new() }
     }
 
     /// The pages from this one on shall have their turn once more.

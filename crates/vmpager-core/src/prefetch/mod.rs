@@ -12,7 +12,7 @@
 //! - [`Replay`] brings in what a profile says the guest will touch, as long as the
 //!   guest proves it right.
 //! - [`Fill`] brings in everything, in pieces that a demand fault never waits long
-//!   behind ([`FillPace`]).
+//!   behind ([`Pace`]).
 
 mod fill;
 pub mod limits;
@@ -25,7 +25,7 @@ use crate::addr::PageRun;
 
 pub use self::fill::Fill;
 pub use self::neighbours::{NeighbourPolicy, Neighbours};
-pub use self::pace::FillPace;
+pub use self::pace::Pace;
 pub use self::replay::{Replay, ReplayCounts};
 pub use self::strides::Strides;
 

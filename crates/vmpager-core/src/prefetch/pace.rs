@@ -1,7 +1,7 @@
-//! How much the background fill brings in at a time.
+//! How much the background fill, or the replay of a profile, brings in at a time.
 
-/// Sizes the pieces of the background fill: up to 4 MiB while nobody faults,
-/// smaller from the moment somebody does (I6).
+/// Sizes the pieces of the background fill and of replays: up to 4 MiB while nobody
+/// faults, smaller from the moment somebody does (I6).
 ///
 /// How much smaller depends on how far the fill has come. A piece under way
 /// makes a fault wait, which hurts most just after the VM has started; but
@@ -11,12 +11,12 @@
 /// as long as the worker's limit once 16 MiB are in place. (How long a page
 /// takes is not known here: whoever fills also looks at the clock.)
 #[derive(Debug)]
-pub struct FillPace {
+pub struct Pace {
     shift: u32,
     filled: u64,
 }
 
-impl FillPace {
+impl Pace {
     /// 64 KiB in base pages.
     const MIN_SHIFT: u32 = 4;
     /// 4 MiB in base pages: larger pieces gain nothing.
@@ -44,7 +44,7 @@ impl FillPace {
     }
 }
 
-impl Default for FillPace {
+impl Default for Pace {
     fn default() -> Self {
         Self::new()
     }

@@ -1,6 +1,6 @@
 //! The order of a profile: pages that an earlier run of the guest touched.
 
-use super::Prefetch;
+use super::{Pace, Prefetch};
 use crate::addr::PageRun;
 
 /// Brings in the pages of a profile, in its order.
@@ -12,8 +12,9 @@ use crate::addr::PageRun;
 /// the profile's way, and elsewhere too, catches up with a replay that has
 /// stopped, waits for a page of it, and so starts it again.
 ///
-/// Pieces grow from [`FIRST_PIECE`](Self::FIRST_PIECE) pages on while nobody
-/// faults, and begin anew when somebody does.
+/// Its pieces are sized as those of the background fill ([`Pace`]): a guest that is
+/// ahead of the replay faults again and again, and each time costs more than the
+/// pages that one of its pieces brings.
 #[derive(Debug)]
 pub struct Replay {
     runs: Vec<PageRun>,
@@ -22,7 +23,7 @@ pub struct Replay {
     /// A bit for each page of the page map: whether it is in the profile.
     members: Vec<u64>,
     patience: u32,
-    piece: u64,
+    pace: Pace,
     counts: ReplayCounts,
 }
 
@@ -36,10 +37,6 @@ pub struct ReplayCounts {
 }
 
 impl Replay {
-    /// Pages of the first piece, and of that after a fault.
-    pub const FIRST_PIECE: u64 = 16;
-    /// Pages of the largest piece: 1 MiB.
-    pub const MAX_PIECE: u64 = 256;
     /// How many faults on pages that the profile lacks end the replay.
     pub const PATIENCE: u32 = 16;
     /// How many of them a fault on one of its pages makes up for.
@@ -56,14 +53,12 @@ impl Replay {
             }
         }
         let counts = ReplayCounts::default();
-        Self { runs, at: 0, members, patience: Self::PATIENCE, piece: Self::FIRST_PIECE, counts }
+        Self { runs, at: 0, members, patience: Self::PATIENCE, pace: Pace::new(), counts }
     }
 
-    /// How many pages to bring in before faults are looked for again.
+    /// How many base pages to bring in before faults are looked for again.
     pub fn piece(&mut self) -> u64 {
-        let pages = self.piece;
-        self.piece = (pages * 2).min(Self::MAX_PIECE);
-        pages
+        self.pace.next_pages()
     }
 
     /// Whether all pages have had their turn.
@@ -96,7 +91,7 @@ impl Prefetch for Replay {
     }
 
     fn interrupted(&mut self) {
-        self.piece = Self::FIRST_PIECE;
+        self.pace.demanded();
     }
 
     /// Nothing while there is no patience left, or when all have had their turn.

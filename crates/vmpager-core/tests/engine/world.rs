@@ -13,7 +13,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::AtomicU64;
 
 use vmpager_core::page_map::words_for;
-use vmpager_core::prefetch::{FillPace, NeighbourPolicy};
+use vmpager_core::prefetch::{NeighbourPolicy, Pace};
 use vmpager_core::{ByteRange, Content, Engine, FaultPlan, Hva, PageRun, PageSize, Slot, SlotSet};
 
 use crate::script::Step;
@@ -90,7 +90,7 @@ pub(crate) struct World {
     /// log2 of the next window of each 512 pages.
     windows: Vec<u8>,
     /// Tested by itself; here it says how large the next piece is.
-    pace: FillPace,
+    pace: Pace,
 }
 
 fn at(page: u64) -> usize {
@@ -139,7 +139,7 @@ impl World {
             zapping: VecDeque::new(),
             reads: Vec::new(),
             owed: VecDeque::new(),
-            pace: FillPace::new(),
+            pace: Pace::new(),
         };
         for &hole in holes {
             world.known_zero(hole);

@@ -42,7 +42,12 @@ pub(crate) const ALL: &[Case] = &[
     case("host", "demo_restores_every_page_on_kvm", 120, host::demo_restores_every_page_on_kvm),
     case("matrix", "large_memory_is_accepted_as_fast", 30, host::large_memory_is_accepted_as_fast),
     case("long", "a_large_vm_starts_as_fast", 900, host::a_large_vm_starts_as_fast),
-    case("restore", "linux_boots_works_and_powers_off", 60, linux::linux_boots_works_and_powers_off),
+    case(
+        "restore",
+        "linux_boots_works_and_powers_off",
+        60,
+        linux::linux_boots_works_and_powers_off,
+    ),
     case("restore", "linux_boots_on_two_vcpus", 60, linux::linux_boots_on_two_vcpus),
     case("restore", "a_panic_of_the_guest_is_told", 60, linux::a_panic_of_the_guest_is_told),
     case("restore", "a_reset_of_the_guest_is_told", 60, linux::a_reset_of_the_guest_is_told),
@@ -139,12 +144,7 @@ pub(crate) const ALL: &[Case] = &[
         apf::told_of_faults_on_two_vcpus_it_goes_on,
     ),
     // Half an hour for a long run: see the case.
-    case(
-        "host",
-        "pages_are_converted_to_and_fro",
-        1800,
-        private::pages_are_converted_to_and_fro,
-    ),
+    case("host", "pages_are_converted_to_and_fro", 1800, private::pages_are_converted_to_and_fro),
     case(
         "host",
         "restored_lazily_pages_are_converted",
