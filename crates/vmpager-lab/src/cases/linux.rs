@@ -11,7 +11,7 @@ const WORK: u64 = 1000;
 
 /// What the program promises (`vmpager vm run --help`).
 const PANICKED: i32 = 3;
-const RESET: i32 = 4;
+pub(super) const RESET: i32 = 4;
 
 pub(super) fn linux_boots_works_and_powers_off(lab: &Lab) -> anyhow::Result<()> {
     boots_works_and_powers_off(lab, &SMALL)

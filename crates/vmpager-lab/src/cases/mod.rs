@@ -159,6 +159,7 @@ pub(crate) const ALL: &[Case] = &[
         90,
         apf::told_of_faults_a_vcpu_goes_and_comes_back,
     ),
+    case("apf", "a_reset_with_tasks_asleep_is_told", 90, apf::a_reset_with_tasks_asleep_is_told),
     case("apf", "bench_apf_measures_every_way", 120, apf::bench_apf_measures_every_way),
     case("long", "bench_apf_in_full", 1200, apf::bench_apf_in_full),
     case("long", "told_of_50000_faults_it_goes_on", 1800, apf::told_of_50000_faults_it_goes_on),

@@ -5,6 +5,7 @@
 //! | command | effect |
 //! |---|---|
 //! | `stop` | ends the load, checks everything once more, tells the verdict |
+//! | `interrupts` | tells how often the host said that a page is ready |
 //! | `cpu1 0`, `cpu1 1` | takes the second CPU offline, or back; says the same then |
 //! | `poweroff`, `reset` | what the words say |
 //! | `panic` | the guest's kernel panics |
@@ -71,6 +72,7 @@ pub(crate) fn run(command_line: &CommandLine) -> anyhow::Result<()> {
                     }
                     tell_verdict(&mut console, &load)?;
                 }
+                "interrupts" => tell_interrupts(&mut console)?,
                 "cpu1 0" | "cpu1 1" => set_second_cpu(&mut console, command.trim())?,
                 "poweroff" => init::power_off()?,
                 "reset" => init::reset()?,
@@ -97,6 +99,16 @@ fn listen(console: File) -> Receiver<String> {
         }
     });
     commands
+}
+
+/// The guest's kernel counts interrupts of asynchronous page faults, on all CPUs, as
+/// the hypervisor's.
+fn tell_interrupts(console: &mut File) -> anyhow::Result<()> {
+    const COUNTS: &str = "/proc/interrupts";
+    let counts = std::fs::read_to_string(COUNTS).context(COUNTS)?;
+    let line = counts.lines().find_map(|line| line.trim_start().strip_prefix("HYP:"));
+    let numbers = line.unwrap_or_default().split_whitespace().map_while(|n| n.parse::<u64>().ok());
+    say(console, &format!("interrupts async_pf={}", numbers.sum::<u64>()))
 }
 
 /// `cpu1 0`, or `cpu1 1`.
