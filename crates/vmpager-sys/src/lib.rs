@@ -12,6 +12,7 @@
 //! | [`shared`] | words of memory shared between processes through a memfd |
 //! | [`file_map`] | read-only file mappings that only the kernel reads |
 //! | [`ring`] | positioned reads through io_uring |
+//! | [`pre_fault`] | `KVM_PRE_FAULT_MEMORY`: a page mapped for a vCPU before it is touched |
 //! | [`peer`] | unix sockets with descriptors, pidfds, what a descriptor is |
 //! | [`probe`] | what this kernel and this user can do |
 
@@ -22,6 +23,7 @@ pub mod inherited;
 pub mod memfd;
 pub mod memory;
 pub mod peer;
+pub mod pre_fault;
 pub mod probe;
 pub mod ring;
 pub mod shared;

@@ -37,7 +37,7 @@ use crate::{output, size};
     --delivery auto measures, and how long that takes. A row has the faults served a\n\
     second (in thousands) by userfaultfd, by exits (view, attributes), by what auto\n\
     chooses (measured anew for each run), and by the oracle of each kind of exit, which\n\
-    does nothing but copy the next page; ratios of these, above 1 is better for the\n\
+    does nothing but copy the next page (nor has KVM map it ahead); ratios of these, above 1 is better for the\n\
     first named; and fallback_share, the part of the view's exits that were left to\n\
     the userfaultfd. What needs a KVM with software-protected VMs is null without.")]
 pub(crate) struct ExitArgs {

@@ -99,6 +99,8 @@ pub(super) struct Exits {
     pub(super) cleared: u64,
     /// Pages whose attribute another vCPU changed than the one that installed them.
     pub(super) overtaken: u64,
+    /// Pages KVM mapped before the vCPU entered the guest.
+    pub(super) mapped: u64,
     /// Faults left to the userfaultfd, the page being unknown.
     pub(super) fallbacks: u64,
 }
@@ -113,9 +115,20 @@ impl From<ExitStats> for Exits {
             reentered,
             cleared,
             overtaken,
+            mapped,
             fallbacks,
         } = stats;
-        Self { exits, installed, waited, asked_again, reentered, cleared, overtaken, fallbacks }
+        Self {
+            exits,
+            installed,
+            waited,
+            asked_again,
+            reentered,
+            cleared,
+            overtaken,
+            mapped,
+            fallbacks,
+        }
     }
 }
 

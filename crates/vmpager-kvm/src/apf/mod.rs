@@ -26,6 +26,7 @@
 //! told.
 
 mod call;
+mod local;
 mod vcpu;
 
 use kvm_bindings::{KVM_CAP_EXCEPTION_PAYLOAD, kvm_enable_cap};

@@ -5,8 +5,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_PAYLOAD, Msrs, kvm_mp_state,
-    kvm_msi, kvm_msr_entry, kvm_vcpu_events,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_PAYLOAD, kvm_mp_state, kvm_msi,
+    kvm_vcpu_events,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmpager_core::apf::{
@@ -15,6 +15,7 @@ use vmpager_core::apf::{
 };
 use vmpager_core::{Hva, WatchedInstaller};
 
+use super::local::{Apic, look, set_canary};
 use super::{ApfError, ApfStats, CPUID_FEATURES, Caller, refused};
 use crate::exit::{ExitDelivery, ExitMemory, State};
 
@@ -24,16 +25,6 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_VMXE: u64 = 1 << 13;
 const EFER_SVME: u64 = 1 << 12;
 
-/// An MSR, and the bit in it that turns the local APIC on.
-const APIC_BASE: u32 = 0x1b;
-const APIC_BASE_ENABLED: u64 = 1 << 11;
-/// Registers of the local APIC, and the bit that turns it on by software.
-const APIC_ID: usize = 0x20;
-const APIC_SPURIOUS: usize = 0xf0;
-const APIC_SPURIOUS_ENABLED: u32 = 1 << 8;
-/// Where MSIs for the local APIC with id 0 go; the id is in bits 12 to 19.
-const MSI_ADDRESS: u32 = 0xfee0_0000;
-
 /// The guest's area, as far as it is used.
 const AREA_BYTES: usize = 8;
 /// In the guest's area, the word after the flags is for tokens.
@@ -41,8 +32,8 @@ const TOKEN_AT: u64 = 4;
 /// `KVM_PV_REASON_PAGE_NOT_PRESENT`.
 const NOT_PRESENT: u32 = 1;
 
-/// KVM's copy of the vector, to see that it was forgotten: any that is not 0.
-const CANARY: u64 = 0xff;
+/// Where MSIs for the local APIC with id 0 go; the id is in bits 12 to 19.
+const MSI_ADDRESS: u32 = 0xfee0_0000;
 
 /// When to look again whether a local APIC was turned on, which does not end in
 /// userspace.
@@ -85,6 +76,7 @@ pub struct AsyncFaults {
 #[derive(Clone, Copy, Debug)]
 struct Flight {
     page: Hva,
+    gpa: u64,
     ticket: Ticket,
     since: Instant,
 }
@@ -93,6 +85,7 @@ struct Flight {
 #[derive(Clone, Copy, Debug)]
 struct Park {
     page: Hva,
+    gpa: u64,
     rip: u64,
     since: Instant,
 }
@@ -221,14 +214,14 @@ impl AsyncFaults {
     pub fn before_entry<I: WatchedInstaller>(
         &mut self,
         vcpu: &VcpuFd,
-        delivery: &ExitDelivery<I>,
+        delivery: &mut ExitDelivery<I>,
     ) -> Result<(), ApfError> {
         self.leave_park(vcpu, delivery)?;
         if std::mem::take(&mut self.enabled) {
             set_canary(vcpu)?;
         }
         if self.caller.answer() {
-            self.take_arrivals(delivery)?;
+            self.take_arrivals(vcpu, delivery)?;
         }
         if std::mem::take(&mut self.due) && self.device.has_ready() {
             self.post(vcpu)?;
@@ -245,21 +238,29 @@ impl AsyncFaults {
     pub fn leave_park<I: WatchedInstaller>(
         &mut self,
         vcpu: &VcpuFd,
-        delivery: &ExitDelivery<I>,
+        delivery: &mut ExitDelivery<I>,
     ) -> Result<(), ApfError> {
-        let Some(park) = self.park.take() else { return Ok(()) };
-        if delivery.installer().is_settled(park.page) {
-            self.expected.learn(park.since.elapsed());
-            self.parked_at = None;
-        }
+        let Some(park) = self.park else { return Ok(()) };
+        self.ran(vcpu, delivery);
         let state = vcpu.get_mp_state().map_err(refused("tell a vCPU's run state"))?;
         let regs = vcpu.get_regs().map_err(refused("read registers"))?;
         // Elsewhere it was woken by an interrupt, and has halted by itself.
         if state.mp_state == KVM_MP_STATE_HALTED && regs.rip == park.rip {
             set_run_state(vcpu, KVM_MP_STATE_RUNNABLE)?;
         }
-        self.listen();
         Ok(())
+    }
+
+    /// The vCPU has executed something, so that it is in no park any more: it missed a
+    /// page, for one. Costs nothing, unlike [`leave_park`](Self::leave_park).
+    pub fn ran<I: WatchedInstaller>(&mut self, vcpu: &VcpuFd, delivery: &mut ExitDelivery<I>) {
+        let Some(park) = self.park.take() else { return };
+        if delivery.installer().is_settled(park.page) {
+            self.expected.learn(park.since.elapsed());
+            self.parked_at = None;
+            delivery.map(vcpu, park.gpa);
+        }
+        self.listen();
     }
 
     /// Has the bell ring for all pages that are waited for.
@@ -271,7 +272,8 @@ impl AsyncFaults {
     /// Tells the device which pages have come.
     fn take_arrivals<I: WatchedInstaller>(
         &mut self,
-        delivery: &ExitDelivery<I>,
+        vcpu: &VcpuFd,
+        delivery: &mut ExitDelivery<I>,
     ) -> Result<(), ApfError> {
         let is_settled = |flight: &Flight| delivery.installer().is_settled(flight.page);
         let (came, left) = self.flights.iter().partition(|flight| is_settled(flight));
@@ -281,6 +283,8 @@ impl AsyncFaults {
             self.expected.learn(flight.since.elapsed());
             self.device.arrived(flight.ticket)?;
             self.due = true;
+            // The task touches it as soon as it is woken.
+            delivery.map(vcpu, flight.gpa);
         }
         self.listen();
         Ok(())
@@ -288,14 +292,9 @@ impl AsyncFaults {
 
     /// Tells the guest of what is ready, if it can be told.
     fn post(&mut self, vcpu: &VcpuFd) -> Result<(), ApfError> {
-        let [canary, base] = read_msrs(vcpu, [Register::Interrupt.index(), APIC_BASE])?;
-        if canary == 0 {
-            self.stats.inits += 1;
-            self.device.reset();
-            return Ok(());
-        }
+        let apic = self.apic(vcpu)?;
+        // After an INIT there is none.
         let Some(area) = self.device.registers().area() else { return Ok(()) };
-        let apic = Apic::of(vcpu, base)?;
         let word = self.memory.read(area + TOKEN_AT).map(u32::from_le_bytes);
         let Some(post) = self.device.post(word, apic.on) else {
             if !apic.on {
@@ -304,7 +303,7 @@ impl AsyncFaults {
             return Ok(());
         };
         self.memory.write(area + TOKEN_AT, &post.word.to_le_bytes());
-        let address_lo = MSI_ADDRESS | apic.id << 12;
+        let address_lo = MSI_ADDRESS | u32::from(apic.id) << 12;
         let msi = kvm_msi { address_lo, data: post.vector.into(), ..Default::default() };
         self.vm.signal_msi(msi).map_err(refused("raise the interrupt of a page that came"))?;
         Ok(())
@@ -341,11 +340,11 @@ impl AsyncFaults {
         let conditions = self.conditions(vcpu, delivery, &state)?;
         if self.parked_at == Some((page, state.regs.rip)) && may_park(&conditions) {
             // An interrupt came, and was taken: it is the same fault still.
-            return self.enter_park(vcpu, delivery, &state, page);
+            return self.enter_park(vcpu, delivery, &state, (page, gpa));
         }
         match self.device.admit(page.0, &conditions) {
-            Ok(ticket) => self.tell(vcpu, delivery, &state, page, ticket),
-            Err(_) if may_park(&conditions) => self.enter_park(vcpu, delivery, &state, page),
+            Ok(ticket) => self.tell(vcpu, delivery, &state, (page, gpa), ticket),
+            Err(_) if may_park(&conditions) => self.enter_park(vcpu, delivery, &state, (page, gpa)),
             Err(_) => Ok(Told::Nobody),
         }
     }
@@ -380,13 +379,20 @@ impl AsyncFaults {
             return Ok(conditions);
         }
         conditions.event = delivery.missed_an_event(state);
-        conditions.local_apic = Apic::of(vcpu, sregs.apic_base)?.on;
         conditions.flags = self.flags(delivery, area);
-        if read_msrs(vcpu, [Register::Interrupt.index()])? == [0] {
+        conditions.local_apic = self.apic(vcpu)?.on;
+        Ok(conditions)
+    }
+
+    /// The vCPU's local APIC. If an INIT has turned the device off, it is off from now
+    /// on.
+    fn apic(&mut self, vcpu: &VcpuFd) -> Result<Apic, ApfError> {
+        let (apic, had_init) = look(vcpu)?;
+        if had_init {
             self.stats.inits += 1;
             self.device.reset();
         }
-        Ok(conditions)
+        Ok(apic)
     }
 
     /// The flags word, if its page is there; else the page is asked for.
@@ -404,10 +410,10 @@ impl AsyncFaults {
         vcpu: &VcpuFd,
         delivery: &ExitDelivery<I>,
         state: &State,
-        page: Hva,
+        (page, gpa): (Hva, u64),
         ticket: Ticket,
     ) -> Result<Told, ApfError> {
-        self.flights.push(Flight { page, ticket, since: Instant::now() });
+        self.flights.push(Flight { page, gpa, ticket, since: Instant::now() });
         self.listen();
         // From here on the bell rings when it comes; perhaps it came before.
         if delivery.installer().is_settled(page) {
@@ -454,9 +460,9 @@ impl AsyncFaults {
         vcpu: &VcpuFd,
         delivery: &ExitDelivery<I>,
         state: &State,
-        page: Hva,
+        (page, gpa): (Hva, u64),
     ) -> Result<Told, ApfError> {
-        self.park = Some(Park { page, rip: state.regs.rip, since: Instant::now() });
+        self.park = Some(Park { page, gpa, rip: state.regs.rip, since: Instant::now() });
         self.listen();
         if delivery.installer().is_settled(page) {
             self.park = None;
@@ -492,48 +498,4 @@ fn features(vcpu: &VcpuFd) -> Result<Features, ApfError> {
 
 fn set_run_state(vcpu: &VcpuFd, mp_state: u32) -> Result<(), ApfError> {
     vcpu.set_mp_state(kvm_mp_state { mp_state }).map_err(refused("change a vCPU's run state"))
-}
-
-/// Puts KVM's copy of the vector there. The device stays off for KVM: that is
-/// another register's.
-fn set_canary(vcpu: &VcpuFd) -> Result<(), ApfError> {
-    let index = Register::Interrupt.index();
-    let what = "keep a vector for its own device";
-    let msrs = entries([index], CANARY)?;
-    let set = vcpu.set_msrs(&msrs).map_err(refused(what))?;
-    if set == 1 { Ok(()) } else { Err(ApfError::Msr { index, value: CANARY }) }
-}
-
-fn read_msrs<const N: usize>(vcpu: &VcpuFd, indices: [u32; N]) -> Result<[u64; N], ApfError> {
-    let mut msrs = entries(indices, 0)?;
-    let read = vcpu.get_msrs(&mut msrs).map_err(refused("read MSRs"))?;
-    let mut values = [0; N];
-    for (value, msr) in values.iter_mut().zip(msrs.as_slice().iter().take(read)) {
-        *value = msr.data;
-    }
-    Ok(values)
-}
-
-fn entries<const N: usize>(indices: [u32; N], data: u64) -> Result<Msrs, ApfError> {
-    let entries = indices.map(|index| kvm_msr_entry { index, data, ..Default::default() });
-    Msrs::from_entries(&entries).map_err(|_| ApfError::Unavailable { lacks: "room for MSRs" })
-}
-
-/// A vCPU's local APIC.
-struct Apic {
-    id: u32,
-    /// By both of its switches.
-    on: bool,
-}
-
-impl Apic {
-    fn of(vcpu: &VcpuFd, base: u64) -> Result<Self, ApfError> {
-        let lapic = vcpu.get_lapic().map_err(refused("read the local APIC"))?;
-        let register = |at: usize| {
-            let bytes = lapic.regs.get(at..at + 4).unwrap_or_default();
-            bytes.iter().rev().fold(0, |value, byte| value << 8 | u32::from(byte.cast_unsigned()))
-        };
-        let software = register(APIC_SPURIOUS) & APIC_SPURIOUS_ENABLED != 0;
-        Ok(Self { id: register(APIC_ID) >> 24, on: base & APIC_BASE_ENABLED != 0 && software })
-    }
 }

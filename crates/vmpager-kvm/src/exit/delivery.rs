@@ -1,16 +1,18 @@
 //! Delivery of one vCPU's faults.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs, kvm_sregs, kvm_sync_regs,
-    kvm_vcpu_events,
+    KVM_CAP_PRE_FAULT_MEMORY, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs,
+    kvm_sregs, kvm_sync_regs, kvm_vcpu_events,
 };
 use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuExit, VcpuFd};
 use vmpager_core::{Hva, PageInstaller, Resolution};
+use vmpager_sys::pre_fault::pre_fault;
 
 use super::memory::{ExitMemory, Mechanism, PresentPages};
 use super::{Delivered, ExitError, ExitStats, Fault, refused};
@@ -47,9 +49,13 @@ pub struct ExitDelivery<I> {
     foretold: Option<Foretold>,
     xsave: Xsave,
     syncs: bool,
+    /// KVM maps pages before they are touched, if asked to.
+    maps: bool,
     spot: Spot,
     /// What the page was for that the last fault was on, if that had to be found out.
     missed: Option<Cause>,
+    /// The last fault whose page was found out, and is waited for.
+    awaited: Option<Awaited>,
     stats: ExitStats,
 }
 
@@ -87,6 +93,17 @@ impl Spot {
 struct Xsave {
     bytes: u32,
     layout: XsaveLayout,
+}
+
+/// A fault on a page that is waited for: a vCPU that takes interrupts meanwhile comes
+/// back to it after each.
+#[derive(Debug)]
+struct Awaited {
+    regs: kvm_regs,
+    cr3: u64,
+    events: kvm_vcpu_events,
+    /// Its gpa, and what it is for.
+    page: (u64, Cause),
 }
 
 /// The pages a vCPU will miss, known beforehand.
@@ -141,8 +158,10 @@ impl<I: PageInstaller> ExitDelivery<I> {
             foretold: None,
             xsave,
             syncs,
+            maps: kvm.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) > 0,
             spot: Spot::default(),
             missed: None,
+            awaited: None,
             stats: ExitStats::default(),
         })
     }
@@ -157,6 +176,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
                 vcpu.clear_sync_valid_reg(registers);
             }
         }
+        self.maps = false;
         self.foretold = Some(Foretold { pages, next: 0 });
     }
 
@@ -200,7 +220,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
             (Mechanism::Attributes, Fault::Somewhere) => Ok(Delivered::NotOurs),
             (Mechanism::Attributes, Fault::At { gpa }) => self.exact(vcpu, gpa),
             (Mechanism::View, _) => match self.foretold_page() {
-                Some(page) => self.bring(page),
+                Some(page) => self.bring(vcpu, page),
                 None => self.guess(vcpu),
             },
         }
@@ -212,9 +232,29 @@ impl<I: PageInstaller> ExitDelivery<I> {
     /// # Errors
     ///
     /// [`ExitError`]: the guest cannot go on.
-    pub fn ask_again(&mut self, gpa: u64) -> Result<Delivered, ExitError> {
+    pub fn ask_again(&mut self, vcpu: &VcpuFd, gpa: u64) -> Result<Delivered, ExitError> {
         self.stats.asked_again += 1;
-        self.bring(gpa)
+        let installed = self.stats.installed;
+        let delivered = self.bring(vcpu, gpa)?;
+        if delivered == Delivered::Resumed && self.stats.installed == installed {
+            self.map(vcpu, gpa);
+        }
+        Ok(delivered)
+    }
+
+    /// Has KVM map a page that is in place, so that the vCPU need not leave the guest
+    /// once more for that.
+    pub(crate) fn map(&mut self, vcpu: &VcpuFd, gpa: u64) {
+        if !self.maps {
+            return;
+        }
+        let page = gpa / PAGE_BYTES * PAGE_BYTES;
+        match pre_fault(vcpu, page, PAGE_BYTES) {
+            Ok(()) => self.stats.mapped += 1,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => self.maps = false,
+            // The vCPU will see to it itself.
+            Err(_) => {}
+        }
     }
 
     /// A fault on a page that KVM told.
@@ -222,7 +262,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
         let page = gpa / PAGE_BYTES * PAGE_BYTES;
         self.spot.visit(At::Page(page));
         let before = self.stats.reentered;
-        let delivered = self.bring(page)?;
+        let delivered = self.bring(vcpu, page)?;
         // Another vCPU's clearing of the attribute was not yet over.
         if self.stats.reentered > before && self.spot.exits > EXITS {
             let regs = vcpu.get_regs().map_err(refused("read registers"))?;
@@ -237,6 +277,13 @@ impl<I: PageInstaller> ExitDelivery<I> {
         self.spot.visit(At::Instruction(state.regs));
         if self.spot.fallbacks >= FALLBACKS {
             return Err(ExitError::Stuck { rip: state.regs.rip });
+        }
+        if let Some(awaited) = self.still_awaited(&state) {
+            let (page, cause) = awaited.page;
+            self.missed = Some(cause);
+            let delivered = self.bring(vcpu, page)?;
+            self.awaited = Some(awaited);
+            return Ok(delivered);
         }
         let registers = Registers {
             regs: &state.regs,
@@ -259,7 +306,13 @@ impl<I: PageInstaller> ExitDelivery<I> {
         if self.spot.exits > PAGES {
             return Ok(self.unknown());
         }
-        let delivered = self.bring(first.page)?;
+        let delivered = self.bring(vcpu, first.page)?;
+        self.awaited = matches!(delivered, Delivered::Waiting(_)).then_some(Awaited {
+            regs: state.regs,
+            cr3: state.sregs.cr3,
+            events: state.events,
+            page: (first.page, first.cause),
+        });
         // The vCPU was stopped by the first; the others would be next.
         for other in others {
             if let Some(hva) = self.memory.hva(other.page)
@@ -271,8 +324,17 @@ impl<I: PageInstaller> ExitDelivery<I> {
         Ok(delivered)
     }
 
+    /// The page of the fault before, if this is the same fault still.
+    fn still_awaited(&mut self, state: &State) -> Option<Awaited> {
+        let view = PresentPages { installer: &self.installer, memory: &self.memory };
+        let awaited = self.awaited.take()?;
+        let before = (awaited.regs, awaited.cr3, awaited.events);
+        let same = before == (state.regs, state.sregs.cr3, state.events);
+        (same && view.is_missing(awaited.page.0)).then_some(awaited)
+    }
+
     /// Brings the page that stopped the vCPU.
-    fn bring(&mut self, gpa: u64) -> Result<Delivered, ExitError> {
+    fn bring(&mut self, vcpu: &VcpuFd, gpa: u64) -> Result<Delivered, ExitError> {
         let Some(hva) = self.memory.hva(gpa) else { return Ok(Delivered::NotOurs) };
         let resolution = self.installer.resolve(hva);
         match resolution {
@@ -294,6 +356,9 @@ impl<I: PageInstaller> ExitDelivery<I> {
             Some(false) if resolution == Resolution::Installed => self.stats.overtaken += 1,
             Some(false) => self.stats.reentered += 1,
             None => {}
+        }
+        if resolution == Resolution::Installed {
+            self.map(vcpu, gpa);
         }
         Ok(Delivered::Resumed)
     }

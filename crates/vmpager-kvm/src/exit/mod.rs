@@ -152,6 +152,8 @@ pub struct ExitStats {
     /// Pages installed whose attribute another vCPU, at a neighbour, changed before
     /// the installer could.
     pub overtaken: u64,
+    /// Pages mapped for the vCPU before it entered the guest, where KVM can do that.
+    pub mapped: u64,
     /// Entries with the view readable.
     pub fallbacks: u64,
 }
@@ -168,6 +170,7 @@ impl std::ops::Add for ExitStats {
             reentered: self.reentered + other.reentered,
             cleared: self.cleared + other.cleared,
             overtaken: self.overtaken + other.overtaken,
+            mapped: self.mapped + other.mapped,
             fallbacks: self.fallbacks + other.fallbacks,
         }
     }

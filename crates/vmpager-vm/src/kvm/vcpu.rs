@@ -135,7 +135,7 @@ impl Vcpu {
         let kick = self.kick.clone();
         let _inside = kick.enter();
         loop {
-            if let (Some(device), Some(exits)) = (&mut self.async_faults, &self.exits) {
+            if let (Some(device), Some(exits)) = (&mut self.async_faults, &mut self.exits) {
                 device.before_entry(&self.fd, exits)?;
             }
             let mut ran = self.fd.run();
@@ -182,8 +182,10 @@ impl Vcpu {
         fault: Fault,
         on_exit: &mut impl FnMut(VcpuExit<'_>) -> Answer<S>,
     ) -> Result<Answer<S>, VmError> {
-        self.leave_park()?;
         let Some(exits) = &mut self.exits else { return Ok(Answer::GoOn) };
+        if let Some(device) = &mut self.async_faults {
+            device.ran(&self.fd, exits);
+        }
         let mut delivered = exits.after_fault(&self.fd, fault)?;
         let mut may_tell = true;
         loop {
@@ -211,7 +213,7 @@ impl Vcpu {
                         if let Some(device) = &mut self.async_faults {
                             device.waited(since.elapsed());
                         }
-                        delivered = exits.ask_again(gpa)?;
+                        delivered = exits.ask_again(&self.fd, gpa)?;
                         continue;
                     }
                     // A kick is looked for on the way into the guest.
@@ -237,7 +239,7 @@ impl Vcpu {
     }
 
     fn leave_park(&mut self) -> Result<(), VmError> {
-        if let (Some(device), Some(exits)) = (&mut self.async_faults, &self.exits) {
+        if let (Some(device), Some(exits)) = (&mut self.async_faults, &mut self.exits) {
             device.leave_park(&self.fd, exits)?;
         }
         Ok(())
