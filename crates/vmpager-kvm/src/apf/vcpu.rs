@@ -241,7 +241,7 @@ impl AsyncFaults {
         delivery: &mut ExitDelivery<I>,
     ) -> Result<(), ApfError> {
         let Some(park) = self.park else { return Ok(()) };
-        self.ran(vcpu, delivery);
+        self.ran(vcpu, delivery)?;
         let state = vcpu.get_mp_state().map_err(refused("tell a vCPU's run state"))?;
         let regs = vcpu.get_regs().map_err(refused("read registers"))?;
         // Elsewhere it was woken by an interrupt, and has halted by itself.
@@ -253,14 +253,23 @@ impl AsyncFaults {
 
     /// The vCPU has executed something, so that it is in no park any more: it missed a
     /// page, for one. Costs nothing, unlike [`leave_park`](Self::leave_park).
-    pub fn ran<I: WatchedInstaller>(&mut self, vcpu: &VcpuFd, delivery: &mut ExitDelivery<I>) {
-        let Some(park) = self.park.take() else { return };
+    ///
+    /// # Errors
+    ///
+    /// If KVM refuses to let vCPUs have the page that came.
+    pub fn ran<I: WatchedInstaller>(
+        &mut self,
+        vcpu: &VcpuFd,
+        delivery: &mut ExitDelivery<I>,
+    ) -> Result<(), ApfError> {
+        let Some(park) = self.park.take() else { return Ok(()) };
         if delivery.installer().is_settled(park.page) {
             self.expected.learn(park.since.elapsed());
             self.parked_at = None;
-            delivery.map(vcpu, park.gpa);
+            delivery.came(vcpu, park.gpa)?;
         }
         self.listen();
+        Ok(())
     }
 
     /// Has the bell ring for all pages that are waited for.
@@ -284,7 +293,7 @@ impl AsyncFaults {
             self.device.arrived(flight.ticket)?;
             self.due = true;
             // The task touches it as soon as it is woken.
-            delivery.map(vcpu, flight.gpa);
+            delivery.came(vcpu, flight.gpa)?;
         }
         self.listen();
         Ok(())

@@ -242,9 +242,22 @@ impl<I: PageInstaller> ExitDelivery<I> {
         Ok(delivered)
     }
 
+    /// A page has come for which the vCPU was [told](Delivered::Waiting) to wait: if it is
+    /// in place, whoever touches it now need not leave the guest.
+    pub(crate) fn came(&mut self, vcpu: &VcpuFd, gpa: u64) -> Result<(), ExitError> {
+        let hva = self.memory.hva(gpa);
+        if hva.is_some_and(|hva| self.installer.is_present(hva)) {
+            if self.memory.open(gpa, &self.installer)? == Some(true) {
+                self.stats.cleared += 1;
+            }
+            self.map(vcpu, gpa);
+        }
+        Ok(())
+    }
+
     /// Has KVM map a page that is in place, so that the vCPU need not leave the guest
     /// once more for that.
-    pub(crate) fn map(&mut self, vcpu: &VcpuFd, gpa: u64) {
+    fn map(&mut self, vcpu: &VcpuFd, gpa: u64) {
         if !self.maps {
             return;
         }

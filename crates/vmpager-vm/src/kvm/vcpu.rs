@@ -184,7 +184,7 @@ impl Vcpu {
     ) -> Result<Answer<S>, VmError> {
         let Some(exits) = &mut self.exits else { return Ok(Answer::GoOn) };
         if let Some(device) = &mut self.async_faults {
-            device.ran(&self.fd, exits);
+            device.ran(&self.fd, exits)?;
         }
         let mut delivered = exits.after_fault(&self.fd, fault)?;
         let mut may_tell = true;
