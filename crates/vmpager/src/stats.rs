@@ -147,14 +147,17 @@ pub struct SessionSummary {
     pub page_bytes: u64,
     /// Faults the pager served, however they came.
     pub faults: u64,
-    /// Of them, those of threads of vCPUs. Like the next two, 0 where the VMM's
-    /// userfaultfd does not name threads (`UFFD_FEATURE_THREAD_ID`).
+    /// Of them, those of threads of vCPUs, exits included whose threads left the page
+    /// to the pager's. Like the next two, 0 where the VMM's userfaultfd does not name
+    /// threads (`UFFD_FEATURE_THREAD_ID`).
     #[serde(default)]
     pub faults_vcpu: u64,
     /// Of them, those of the VMM's other threads.
     #[serde(default)]
     pub faults_vmm: u64,
-    /// Of them, those of the kernel's own threads, on the VM's behalf.
+    /// Of them, those of the kernel on the VM's behalf: of its own threads and,
+    /// where vCPUs leave the guest on missing pages, KVM's on a vCPU's thread.
+    /// Elsewhere the kernel does not tell KVM's from the guest's.
     #[serde(default)]
     pub faults_kernel: u64,
     /// Of them, those of other processes that map the memory (see

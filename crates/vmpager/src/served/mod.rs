@@ -360,6 +360,7 @@ impl Served {
         let since = Instant::now();
         for page in run.pages() {
             self.counters.faults += 1;
+            self.counters.faults_vcpu += 1;
             let plan = self.engine.plan(page);
             self.carry_out(plan, since, reads)?;
         }
@@ -384,7 +385,8 @@ impl Served {
                 Message::Fault { address, thread, .. } => {
                     self.counters.faults += 1;
                     self.faults.push_back(Pending { hva: Hva(address), view: None, since });
-                    match self.threads.as_mut().map(|threads| threads.origin(thread)) {
+                    let exits = self.outside.exits;
+                    match self.threads.as_mut().map(|threads| threads.origin(thread, exits)) {
                         Some(Origin::Vcpu) => self.counters.faults_vcpu += 1,
                         Some(Origin::Vmm) => self.counters.faults_vmm += 1,
                         Some(Origin::Kernel) => self.counters.faults_kernel += 1,

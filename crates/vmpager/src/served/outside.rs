@@ -81,7 +81,7 @@ pub(super) struct Outside {
     /// The view whose fault is being served.
     pub(super) serving: Option<ViewId>,
     /// vCPUs exit on pages that are not in the VMM's own page tables.
-    exits: bool,
+    pub(super) exits: bool,
     /// Nobody may write.
     pub(super) frozen: bool,
 }
