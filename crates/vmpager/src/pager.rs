@@ -17,7 +17,7 @@ use vmpager_sys::memory::GuestRange;
 use vmpager_sys::peer::own_pidfd;
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 
-use crate::attach::{Door, ShareError, SharedRegion, Stock, Wares};
+use crate::attach::{Door, QueueOwner, ShareError, SharedRegion, Stock, Wares};
 use crate::installer::Installer;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served, State};
@@ -337,7 +337,7 @@ impl Pager {
             source_len: self.source.len(),
             map: shared.pages.map(),
         };
-        let (wares, reader, table) = Wares::new(&stock, regions)?;
+        let (wares, reader, table) = Wares::new(&stock, regions, QueueOwner::new()?)?;
         let (to, done) = crossbeam_channel::bounded(1);
         let open = Sharing::Open(Box::new((reader, table)), to);
         self.worker.tell(Command::Sharing(self.memory, open));

@@ -3,11 +3,15 @@
 //! ```text
 //!   connected --Hello--> offered --View--> serving          --hang-up--> gone
 //!                           |----Reader--> resolving faults --hang-up--> gone
+//!                           `----Asks----> asking           --hang-up--> gone
 //! ```
 //!
 //! Anything else is answered with a refusal that says what is wrong, and ends
 //! the connection. It never touches guest memory: what it learns, it tells the
 //! worker.
+//!
+//! Where a keeper holds what a guest came by ([`Custody`]), a successor hears all that
+//! the guest has said once more, and goes the same way, without answering.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,184 +22,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 use vmpager_core::queue::MAX_READERS;
-use vmpager_core::{MapSlot, PageMap, Slot, SlotSet};
-use vmpager_sys::memfd::{is_mapped_at, read_only};
-use vmpager_sys::peer::{Peer, is_userfaultfd};
-use vmpager_sys::shared::SharedWords;
-use vmpager_sys::uffd::Userfaultfd;
+use vmpager_sys::peer::{Peer, end, look_from};
 
-use super::protocol::{
-    Frame, Inbox, MAX_MEMFDS, MAX_REGIONS, ReceiveError, Region, send, view_slots,
-};
-use super::queue::{FaultReader, QueueOwner};
-use crate::daemon::{DaemonError, listen};
-use crate::reads::MemoryId;
-use crate::served::{View, ViewId};
-use crate::worker::{Command, Sharing, Teller, doorbell, ring, watch};
-
-/// Where a region of a pager's memory lies, for those who shall map it too.
-#[derive(Clone, Debug)]
-pub struct SharedRegion {
-    /// Guest-physical address of its first byte.
-    pub gpa: u64,
-    /// The memfd, sealed against shrinking, of which the region is a shared
-    /// mapping.
-    pub memfd: Arc<OwnedFd>,
-    /// Where the region starts in it, in bytes.
-    pub offset: u64,
-}
-
-/// Why a memory could not be shared.
-#[derive(Debug, thiserror::Error)]
-pub enum ShareError {
-    /// Not as many regions as the pager has.
-    #[error("{given} regions are described; the pager has {served}")]
-    Regions {
-        /// How many were described.
-        given: usize,
-        /// How many there are.
-        served: usize,
-    },
-    /// Too much for the protocol.
-    #[error("{what}: {count}, but the most that can be shared is {most}")]
-    TooMany {
-        /// Of what.
-        what: &'static str,
-        /// How many there are.
-        count: usize,
-        /// How many there may be.
-        most: usize,
-    },
-    /// A region cannot be shared.
-    #[error("region {index}: {problem}")]
-    Region {
-        /// Its place in the order given.
-        index: usize,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The memory is served no longer, or shared already.
-    #[error("the memory cannot be shared: {0}")]
-    Memory(String),
-    /// The socket cannot be had.
-    #[error(transparent)]
-    Socket(#[from] DaemonError),
-    /// Descriptors or memory could not be had.
-    #[error("sharing the memory: {0}")]
-    Io(#[from] io::Error),
-}
-
-/// What is shared, as a door hands it out.
-#[derive(Debug)]
-pub(crate) struct Wares {
-    queue: Arc<QueueOwner>,
-    memory: MemoryId,
-    worker: Teller,
-    slots: Vec<Slot>,
-    source_len: u64,
-    regions: Vec<Region>,
-    memfds: Vec<Arc<OwnedFd>>,
-    map: OwnedFd,
-}
-
-/// The memory to be shared, as its pager knows it.
-#[derive(Debug)]
-pub(crate) struct Stock<'a> {
-    pub(crate) memory: MemoryId,
-    pub(crate) worker: Teller,
-    /// In the order of the regions.
-    pub(crate) slots: &'a [Slot],
-    pub(crate) source_len: u64,
-    pub(crate) map: &'a PageMap<SharedWords>,
-}
-
-impl Wares {
-    /// What is to be handed out of a memory whose regions lie there; and the
-    /// worker's end of its fault queue.
-    pub(crate) fn new(
-        stock: &Stock<'_>,
-        shared: &[SharedRegion],
-    ) -> Result<(Self, FaultReader, Vec<MapSlot>), ShareError> {
-        let (regions, memfds) = describe(stock.slots, shared)?;
-        let table = table(&regions);
-        stock.map.describe(&table);
-        let queue = Arc::new(QueueOwner::new()?);
-        let reader = queue.reader(PAGER)?;
-        let wares = Self {
-            queue,
-            memory: stock.memory,
-            worker: stock.worker.clone(),
-            slots: stock.slots.to_vec(),
-            source_len: stock.source_len,
-            regions,
-            memfds,
-            map: read_only(stock.map.storage().memfd())?,
-        };
-        Ok((wares, reader, table))
-    }
-}
-
-/// The regions as the protocol has them, and their distinct memfds.
-fn describe(
-    slots: &[Slot],
-    shared: &[SharedRegion],
-) -> Result<(Vec<Region>, Vec<Arc<OwnedFd>>), ShareError> {
-    if slots.len() != shared.len() {
-        return Err(ShareError::Regions { given: shared.len(), served: slots.len() });
-    }
-    if slots.len() > MAX_REGIONS {
-        let (what, count) = ("regions", slots.len());
-        return Err(ShareError::TooMany { what, count, most: MAX_REGIONS });
-    }
-    let mut memfds: Vec<Arc<OwnedFd>> = Vec::new();
-    let mut regions = Vec::new();
-    for (index, (slot, region)) in slots.iter().zip(shared).enumerate() {
-        let wrong = |problem: String| ShareError::Region { index, problem };
-        let len = vmpager_sys::memfd::sealed_len(region.memfd.as_fd());
-        let len = len.map_err(|error| wrong(error.to_string()))?;
-        if region.offset.checked_add(slot.len).is_none_or(|end| end > len) {
-            return Err(wrong(format!(
-                "offset {:#x} plus size {:#x} is beyond its memfd, which has {len:#x} bytes",
-                region.offset, slot.len
-            )));
-        }
-        for (field, value) in [("gpa", region.gpa), ("offset", region.offset)] {
-            if value % slot.page_size.bytes() != 0 {
-                return Err(wrong(format!("{field} {value:#x} is not aligned to its pages")));
-            }
-        }
-        if slot.page_size.bytes() != 4096 {
-            return Err(wrong("huge pages of hugetlb cannot be shared; use 4 KiB pages".into()));
-        }
-        let same = |fd: &Arc<OwnedFd>| vmpager_sys::memfd::is_same(fd, &region.memfd);
-        let known = memfds.iter().position(|fd| same(fd).unwrap_or(false));
-        let at = known.unwrap_or(memfds.len());
-        if at == memfds.len() {
-            memfds.push(region.memfd.clone());
-        }
-        let memfd = u32::try_from(at).unwrap_or(u32::MAX);
-        let (gpa, offset, page_size) = (region.gpa, region.offset, slot.page_size.bytes());
-        regions.push(Region { gpa, len: slot.len, memfd, offset, page_size });
-    }
-    match memfds.len() {
-        0..=MAX_MEMFDS => Ok((regions, memfds)),
-        count => Err(ShareError::TooMany { what: "memfds", count, most: MAX_MEMFDS }),
-    }
-}
-
-/// The regions as the page map's slot table has them.
-fn table(regions: &[Region]) -> Vec<MapSlot> {
-    let mut first_page = 0;
-    let slot = |region: &Region| {
-        let pages = region.len / region.page_size;
-        let slot = MapSlot { gpa: region.gpa, first_page, pages, page_size: region.page_size };
-        first_page += pages;
-        slot
-    };
-    regions.iter().map(slot).collect()
-}
+use super::custody::{Custody, Resumed};
+use super::protocol::{Frame, Inbox, ReceiveError, send};
+use super::queue::QueueOwner;
+use super::wares::{ShareError, Wares};
+use crate::daemon::listen;
+use crate::keeper;
+use crate::kill;
+use crate::served::ViewId;
+use crate::worker::{Command, Sharing, doorbell, ring, watch};
 
 /// A socket where other processes come to take part in a pager's memory
 /// ([`Attached`](super::Attached)). Closed when dropped: who has come stays.
@@ -208,7 +47,7 @@ pub struct Door {
 impl Door {
     pub(crate) fn open(path: &Path, wares: Wares) -> Result<Self, ShareError> {
         let queue = wares.queue.clone();
-        Ok(Self { queue, _entrance: Entrance::open(path, Ok(wares))? })
+        Ok(Self { queue, _entrance: Entrance::open(path, Ok(wares), None)? })
     }
 
     /// The fault queue of the memory.
@@ -225,19 +64,45 @@ pub(crate) struct Entrance {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
+/// What makes a door outlive this process.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) custody: Custody,
+    /// In its name.
+    pub(crate) number: u64,
+    /// What another process left of it.
+    pub(crate) resumed: Resumed,
+}
+
 impl Entrance {
     /// Opens one where memory is to be had, or where it is said why there is
-    /// none.
-    pub(crate) fn open(path: &Path, wares: Result<Wares, String>) -> Result<Self, ShareError> {
-        let listener = listen(path)?;
+    /// none; goes on with what another process left of it.
+    pub(crate) fn open(
+        path: &Path,
+        wares: Result<Wares, String>,
+        kept: Option<Kept>,
+    ) -> Result<Self, ShareError> {
+        let (custody, number, resumed) = match kept {
+            Some(Kept { custody, number, resumed }) => (Some(custody), number, resumed),
+            None => (None, 0, Resumed::default()),
+        };
+        let listener = resumed.listener.map_or_else(|| listen(path), Ok)?;
+        let custody = custody.filter(|_| wares.is_ok());
+        if let (Some(custody), Ok(wares)) = (&custody, &wares) {
+            let [queue, bell] = wares.queue.descriptors();
+            if let Err(error) = custody.keep(number, [listener.as_fd(), queue, bell]) {
+                warn!("having a door kept: {error}; it ends with this process");
+            }
+        }
+        kill::point("door kept");
         let stop = Arc::new(doorbell()?);
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
         watch(&epoll, listener.as_fd(), LISTENER)?;
         watch(&epoll, stop.as_fd(), STOP)?;
         let (guests, next) = (HashMap::new(), FIRST_GUEST);
-        let keeper = Keeper { epoll, listener, wares, guests, next };
+        let keeper = Keeper { epoll, listener, wares, custody, guests, next };
         let thread = std::thread::Builder::new().name("vmpager-door".into());
-        let thread = Some(thread.spawn(move || keeper.run())?);
+        let thread = Some(thread.spawn(move || keeper.run(resumed.guests))?);
         Ok(Self { path: path.into(), stop, thread })
     }
 
@@ -253,7 +118,10 @@ impl Drop for Entrance {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        // Whoever died in the middle of this has removed it.
+        if let Err(error) = std::fs::remove_file(&self.path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
             warn!("removing {}: {error}", self.path.display());
         }
     }
@@ -268,11 +136,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The most guests at a time.
 const MAX_GUESTS: usize = 256;
 /// The pager's own number among the readers of the queue.
-const PAGER: u64 = 0;
+pub(super) const PAGER: u64 = 0;
 
 /// What a guest has become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+pub(super) enum Stage {
     Connected,
     Offered,
     Serving(ViewId),
@@ -287,6 +155,8 @@ struct Guest {
     inbox: Inbox,
     stage: Stage,
     deadline: Option<Instant>,
+    /// As what it is kept. Its answers were sent then, by another process perhaps.
+    kept: Option<keeper::Guest>,
 }
 
 struct Keeper {
@@ -294,12 +164,19 @@ struct Keeper {
     listener: UnixListener,
     /// Or why there are none.
     wares: Result<Wares, String>,
+    custody: Option<Custody>,
     guests: HashMap<u64, Guest>,
     next: u64,
 }
 
 impl Keeper {
-    fn run(mut self) {
+    fn run(mut self, resumed: Vec<(keeper::Guest, UnixStream)>) {
+        // Before anybody new: those numbers are taken.
+        for (guest, socket) in resumed {
+            if let Err(problem) = self.resume(guest, socket) {
+                warn!("a process that took part can no longer: {problem}");
+            }
+        }
         let mut ready = Vec::with_capacity(16);
         loop {
             ready.clear();
@@ -317,7 +194,7 @@ impl Keeper {
             for event in &ready {
                 match event.data.u64() {
                     LISTENER => self.accept(),
-                    STOP => return,
+                    STOP => return self.end(),
                     id => self.hear(id),
                 }
             }
@@ -363,10 +240,45 @@ impl Keeper {
         }
         let id = self.next;
         self.next += 1;
-        watch(&self.epoll, socket.as_fd(), id).map_err(|error| error.to_string())?;
         let deadline = Some(Instant::now() + PATIENCE);
-        let (inbox, stage) = (Inbox::default(), Stage::Connected);
-        self.guests.insert(id, Guest { socket, pid: peer.pid, inbox, stage, deadline });
+        self.listen_to(id, socket, peer.pid, deadline).map_err(|error| error.to_string())
+    }
+
+    /// Goes on with somebody who took part in this memory at another process.
+    fn resume(&mut self, kept: keeper::Guest, socket: UnixStream) -> Result<(), String> {
+        let id = kept.id;
+        self.next = self.next.max(id.saturating_add(1));
+        let listening = Peer::of(&socket)
+            .and_then(|peer| self.listen_to(id, socket, peer.pid, None))
+            .map_err(|error| error.to_string());
+        if let Err(problem) = listening {
+            self.custody.iter().for_each(|custody| custody.left(kept));
+            return Err(problem);
+        }
+        if let Some(guest) = self.guests.get_mut(&id) {
+            guest.kept = Some(kept);
+        }
+        self.hear(id);
+        Ok(())
+    }
+
+    fn listen_to(
+        &mut self,
+        id: u64,
+        socket: UnixStream,
+        pid: i32,
+        deadline: Option<Instant>,
+    ) -> io::Result<()> {
+        let looks = self.custody.is_some();
+        if looks {
+            look_from(socket.as_fd(), 0)?;
+        }
+        // What was looked at stays in there: only what is new is worth telling.
+        let (data, flags) = (epoll::EventData::new_u64(id), epoll::EventFlags::IN);
+        epoll::add(&self.epoll, &socket, data, flags | epoll::EventFlags::ET)?;
+        let (inbox, stage) = (Inbox::new(looks), Stage::Connected);
+        let guest = Guest { socket, pid, inbox, stage, deadline, kept: None };
+        self.guests.insert(id, guest);
         Ok(())
     }
 
@@ -410,9 +322,10 @@ impl Keeper {
                 (Stage::Asking, Frame::Serving, Vec::new())
             }
             (Stage::Offered, Frame::Reader) => {
+                let known = guest.kept.map(|kept| kept.reader);
                 let taken = |n: &u64| self.guests.values().any(|g| g.stage == Stage::Reading(*n));
                 let free = (PAGER + 1..MAX_READERS).find(|n| !taken(n));
-                let reader = free.ok_or("there are as many readers as there can be")?;
+                let reader = known.or(free).ok_or("there are as many readers as there can be")?;
                 let number = u32::try_from(reader).map_err(|error| error.to_string())?;
                 (Stage::Reading(reader), Frame::ReaderId(number), Vec::new())
             }
@@ -420,13 +333,48 @@ impl Keeper {
                 return Err(format!("{frame:?} is no message for a connection that is {stage:?}"));
             }
         };
+        if guest.kept.is_some() {
+            self.moved(id, stage);
+            return Ok(());
+        }
+        let kept = self.have_kept(id, guest, stage)?;
         // Told first: should the answer fail, the hang-up undoes it.
         let sent = send(&guest.socket, &frame, &fds);
+        self.moved(id, stage);
+        if let Some(guest) = self.guests.get_mut(&id).filter(|_| kept.is_some()) {
+            guest.kept = kept;
+            kill::point("guest answered");
+        }
+        sent.map_err(|error| format!("answering: {error}"))
+    }
+
+    fn moved(&mut self, id: u64, stage: Stage) {
         if let Some(guest) = self.guests.get_mut(&id) {
             guest.stage = stage;
             guest.deadline = (stage == Stage::Offered).then(|| Instant::now() + PATIENCE);
         }
-        sent.map_err(|error| format!("answering: {error}"))
+    }
+
+    /// Has a guest kept that takes part from now on, if somebody keeps.
+    fn have_kept(
+        &self,
+        id: u64,
+        guest: &Guest,
+        stage: Stage,
+    ) -> Result<Option<keeper::Guest>, String> {
+        let reader = match stage {
+            Stage::Connected | Stage::Offered => return Ok(None),
+            Stage::Serving(_) | Stage::Asking => PAGER,
+            Stage::Reading(reader) => reader,
+        };
+        let Some(custody) = &self.custody else { return Ok(None) };
+        let kept = keeper::Guest { id, reader };
+        match custody.keep_guest(kept, &guest.socket) {
+            Ok(()) => Ok(Some(kept)),
+            // Nobody would take over either.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(None),
+            Err(error) => Err(format!("having it kept: {error}")),
+        }
     }
 
     fn refuse(&mut self, id: u64, problem: &str) {
@@ -440,75 +388,21 @@ impl Keeper {
     /// A guest has hung up, most likely because it has ended.
     fn gone(&mut self, id: u64) {
         let Some(guest) = self.guests.remove(&id) else { return };
+        // A keeper may hold it, too. It may have been closed by the other end.
+        let _ = end(&guest.socket);
+        if let (Some(custody), Some(kept)) = (&self.custody, guest.kept) {
+            custody.left(kept);
+        }
         if let Ok(wares) = &self.wares {
             wares.left(guest.stage);
         }
     }
-}
 
-impl Wares {
-    fn add_view(
-        &self,
-        id: ViewId,
-        pid: i32,
-        addresses: &[u64],
-        fds: Vec<OwnedFd>,
-    ) -> Result<(), String> {
-        let slots = view_slots(&self.slots, addresses).ok_or_else(|| {
-            format!("{} addresses for {} regions", addresses.len(), self.slots.len())
-        })?;
-        let slots = SlotSet::new(&slots, self.source_len).map_err(|error| error.to_string())?;
-        let [uffd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
-            format!("{} descriptors came; one userfaultfd is expected", fds.len())
-        })?;
-        if !is_userfaultfd(uffd.as_fd()) {
-            return Err("the descriptor is no userfaultfd".into());
+    /// The memory is served no longer: those who took part shall know.
+    fn end(self) {
+        for guest in self.guests.into_values() {
+            let _ = end(&guest.socket);
         }
-        let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
-        let is_seen = self.see(pid, addresses)?;
-        let view = Box::new(View::new(id, uffd, slots, is_seen)?);
-        let (to, done) = crossbeam_channel::bounded(1);
-        self.worker.tell(Command::Sharing(self.memory, Sharing::AddView(view, to)));
-        done.recv().unwrap_or_else(|_| Err("the pager has ended".into()))
-    }
-
-    /// Looks whether a process maps the memory at these addresses, and refuses it
-    /// if not: it would never find there what is installed. False if its mappings
-    /// are not for this user to see. What it maps later is up to it, as all else
-    /// is that it does to this memory.
-    fn see(&self, pid: i32, addresses: &[u64]) -> Result<bool, String> {
-        for (region, hva) in self.regions.iter().zip(addresses) {
-            let memfd = usize::try_from(region.memfd).ok().and_then(|at| self.memfds.get(at));
-            let Some(memfd) = memfd else { return Ok(false) };
-            match is_mapped_at(memfd.as_fd(), region.offset, pid, *hva, region.len) {
-                Ok(true) => {}
-                Ok(false) => {
-                    return Err(format!(
-                        "process {pid} has no shared mapping of the region of gpa {:#x} at \
-                         {hva:#x}: map its memfd there, MAP_SHARED, before asking",
-                        region.gpa
-                    ));
-                }
-                Err(error) => {
-                    debug!(pid, "its mappings cannot be seen: {error}");
-                    return Ok(false);
-                }
-            }
-        }
-        Ok(true)
-    }
-
-    /// A process that took part is gone.
-    fn left(&self, stage: Stage) {
-        let reader = match stage {
-            Stage::Serving(view) => {
-                self.worker.tell(Command::Sharing(self.memory, Sharing::RemoveView(view)));
-                None
-            }
-            Stage::Reading(reader) => Some(reader),
-            Stage::Connected | Stage::Offered | Stage::Asking => None,
-        };
-        self.queue.recover(reader);
     }
 }
 

@@ -12,14 +12,19 @@
 
 mod asker;
 mod client;
+mod custody;
 mod door;
 mod offer;
 mod protocol;
 mod queue;
+mod wares;
 
 pub use self::asker::{Asker, GuestRegion, Page, RemoteInstaller, RemotePages};
 pub use self::client::{AttachError, Attached, AttachedRegion};
-pub use self::door::{Door, ShareError, SharedRegion};
-pub(crate) use self::door::{Entrance, Stock, Wares};
+pub(crate) use self::custody::{Custody, LeftDoor, Resumed};
+pub use self::door::Door;
+pub(crate) use self::door::{Entrance, Kept};
 pub use self::protocol::{FrameError, Region};
 pub use self::queue::{FaultClient, FaultReader, QueueOwner, WaitError};
+pub use self::wares::{ShareError, SharedRegion};
+pub(crate) use self::wares::{Stock, Wares};

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use vmpager_core::Slot;
 use vmpager_core::page_map::MAX_SLOTS;
-use vmpager_sys::peer::{MAX_DESCRIPTORS, recv_with_fds, send_with_fds};
+use vmpager_sys::peer::{MAX_DESCRIPTORS, look_with_fds, recv_with_fds, send_with_fds};
 
 /// What a frame begins with: `b"VMPA"`.
 const MAGIC: u32 = u32::from_le_bytes(*b"VMPA");
@@ -191,6 +191,8 @@ impl Frame {
 pub(super) struct Inbox {
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// What comes stays in the socket, for whoever has it after this process.
+    looks: bool,
 }
 
 /// Why nothing more can come.
@@ -205,6 +207,11 @@ pub(super) enum ReceiveError {
 }
 
 impl Inbox {
+    /// Of what is received or, if it `looks`, left where it is.
+    pub(super) fn new(looks: bool) -> Self {
+        Self { looks, ..Self::default() }
+    }
+
     /// The next whole frame with the descriptors that have come so far; None if
     /// it has not arrived. Reads without waiting.
     pub(super) fn receive(
@@ -214,10 +221,16 @@ impl Inbox {
         loop {
             if let Some((frame, used)) = Frame::decode(&self.bytes)? {
                 self.bytes.drain(..used);
-                return Ok(Some((frame, std::mem::take(&mut self.fds))));
+                // Several frames may have come at once, and others have none.
+                let fds = match frame {
+                    Frame::Memory(_) | Frame::View(_) => std::mem::take(&mut self.fds),
+                    _ => Vec::new(),
+                };
+                return Ok(Some((frame, fds)));
             }
             let mut bytes = [0; 4096];
-            match recv_with_fds(&socket, &mut bytes, &mut self.fds) {
+            let receive = if self.looks { look_with_fds } else { recv_with_fds };
+            match receive(&socket, &mut bytes, &mut self.fds) {
                 Ok(0) => return Err(ReceiveError::HangUp),
                 Ok(count) => self.bytes.extend_from_slice(&bytes[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),

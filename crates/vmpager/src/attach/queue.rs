@@ -10,6 +10,7 @@ use vmpager_core::queue::{FaultQueue, MAX_GFN, Position, Request, Taken, WORDS};
 use vmpager_sys::futex::{self, Woken};
 use vmpager_sys::shared::SharedWords;
 
+use super::door::PAGER;
 use crate::worker::{doorbell, ring, unring};
 
 /// Why waiting for a page ended without it.
@@ -69,6 +70,19 @@ impl QueueOwner {
         let queue = FaultQueue::new(SharedWords::new("vmpager-faults", WORDS)?);
         queue.enable();
         Ok(Self(Ends { queue, bell: doorbell()? }))
+    }
+
+    /// Goes on with the queue of a pager that has died. What that had taken is queued
+    /// again; other processes notice nothing.
+    ///
+    /// # Errors
+    ///
+    /// If the words are no queue this program knows.
+    pub(super) fn take_over(words: OwnedFd, bell: OwnedFd) -> io::Result<Self> {
+        let FaultClient(ends) = FaultClient::open(words, bell)?;
+        let queue = Self(ends);
+        queue.recover(Some(PAGER));
+        Ok(queue)
     }
 
     /// What another process needs to take part: the words and the eventfd.

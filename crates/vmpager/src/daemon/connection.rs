@@ -1,6 +1,7 @@
 //! One peer: its socket, what has arrived of its handshake, its process, and
 //! the session made of the memories it handed over.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -13,7 +14,7 @@ use vmpager_sys::peer::{
 };
 use vmpager_sys::uffd::Userfaultfd;
 
-use crate::attach::Entrance;
+use crate::attach::{Entrance, LeftDoor};
 use crate::handshake::{Handshake, HandshakeError, Inbox};
 use crate::metrics::Refusal;
 use crate::reads::MemoryId;
@@ -66,6 +67,8 @@ pub(super) enum Arrival {
     Part,
     /// A whole handshake.
     Memory(Offer),
+    /// One that another process has dealt with.
+    Known(Offer),
     /// The peer closed its end.
     HangUp,
 }
@@ -107,6 +110,8 @@ pub(super) struct Connection {
     memories: Vec<MemoryId>,
     /// Where other processes may come to have a memory, too.
     doors: Vec<(MemoryId, Entrance)>,
+    /// What another process left of such doors.
+    left_doors: HashMap<MemoryId, LeftDoor>,
     /// Whether it ever handed over memory.
     had_session: bool,
     /// Bytes of memory it has handed over and that may be served yet.
@@ -146,6 +151,7 @@ impl Connection {
             deadline: Some(Instant::now() + timeout),
             memories: Vec::new(),
             doors: Vec::new(),
+            left_doors: HashMap::new(),
             had_session: known > 0,
             handed_over: 0,
             left_there: false,
@@ -230,11 +236,12 @@ impl Connection {
             }
             let more = self.inbox.is_partial();
             self.deadline = more.then(|| Instant::now() + self.timeout);
+            let offer = Offer { handshake, uffd, memfds };
             if let Some(left) = self.known.checked_sub(1) {
                 self.known = left;
-                return Ok(Arrival::Part);
+                return Ok(Arrival::Known(offer));
             }
-            return Ok(Arrival::Memory(Offer { handshake, uffd, memfds }));
+            return Ok(Arrival::Memory(offer));
         }
         if self.deadline.is_none() {
             self.deadline = Some(Instant::now() + self.timeout);
@@ -309,6 +316,28 @@ impl Connection {
         MemoryId((id << 16) + self.memories_so_far)
     }
 
+    /// What the connection of this id handed over as that memory, which was taken over:
+    /// its memfds, too. Memories are asked for in their order, before anything else is
+    /// heard of the peer.
+    pub(super) fn handed_over(
+        &mut self,
+        id: u64,
+        memory: MemoryId,
+    ) -> Option<(Handshake, Vec<OwnedFd>)> {
+        while self.known > 0 {
+            let number = self.memories_so_far - self.known;
+            match self.receive() {
+                Ok(Arrival::Known(offer)) if memory.0 == (id << 16) + number => {
+                    return Some((offer.handshake, offer.memfds));
+                }
+                Ok(Arrival::Known(_) | Arrival::Part) => {}
+                // Heard of once more when it is listened to.
+                Ok(Arrival::Nothing | Arrival::HangUp | Arrival::Memory(_)) | Err(_) => break,
+            }
+        }
+        None
+    }
+
     /// A memory of it is served that nobody has served before.
     pub(super) fn add_new_memory(&mut self, memory: MemoryId, bytes: u64) {
         self.memories_so_far += 1;
@@ -335,6 +364,28 @@ impl Connection {
         self.doors.iter().map(|(_, door)| door)
     }
 
+    /// Closes the door to a memory that is served no longer: those who took part learn of
+    /// the end by the door's.
+    pub(super) fn close_door(&mut self, memory: MemoryId) {
+        self.doors.retain(|(of, _)| *of != memory);
+    }
+
+    /// Another process had opened a door to a memory.
+    pub(super) fn add_left_door(&mut self, memory: MemoryId, left: LeftDoor) {
+        self.left_doors.insert(memory, left);
+    }
+
+    /// Somebody had come to such a door.
+    pub(super) fn add_left_guest(&mut self, memory: MemoryId, guest: u64, socket: OwnedFd) {
+        if let Some(left) = self.left_doors.get_mut(&memory) {
+            left.add(guest, socket);
+        }
+    }
+
+    pub(super) fn take_left_door(&mut self, memory: MemoryId) -> Option<LeftDoor> {
+        self.left_doors.remove(&memory)
+    }
+
     /// Adds up a memory that is served no longer. If it was the last one, the
     /// session has ended for the reason returned.
     pub(super) fn memory_ended(
@@ -344,8 +395,6 @@ impl Connection {
         numbers: &MemoryNumbers,
     ) -> Option<EndReason> {
         self.memories.retain(|other| *other != memory);
-        // Those who took part learn of the end by the door's.
-        self.doors.retain(|(of, _)| *of != memory);
         self.tally.get_or_insert_with(Tally::new).add(numbers);
         self.memories.is_empty().then_some(reason)
     }

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 
 use tracing::error;
 
+use crate::attach::Custody;
 use crate::keeper::{Kind, send};
 use crate::reads::MemoryId;
 use crate::served::Served;
@@ -53,6 +54,18 @@ impl Front {
                 send(channel, Kind::Keep, [peer, served.id().0, 0], &served.descriptors())
             }
             Self::Listener(_) | Self::Alone => Ok(()),
+        }
+    }
+
+    /// Who would hold the door of a memory, too.
+    pub(super) fn custody(&self, peer: u64, memory: MemoryId) -> Option<Custody> {
+        let Self::Keeper { channel, .. } = self else { return None };
+        match channel.try_clone() {
+            Ok(channel) => Some(Custody::new(channel, peer, memory)),
+            Err(error) => {
+                error!("a door will end with this process: {error}");
+                None
+            }
         }
     }
 

@@ -10,11 +10,13 @@ use tracing::{error, info, warn};
 use vmpager_sys::peer::Peer;
 use vmpager_sys::uffd::Userfaultfd;
 
+use super::doors::Opening;
 use super::front::Front;
 use super::{
     Daemon, DaemonConfig, DaemonError, DaemonEvent, FIRST_CONNECTION, Workers, session_of,
     watch_peer,
 };
+use crate::attach::LeftDoor;
 use crate::keeper::{Kind, Message, layout, receive, send};
 use crate::kill;
 use crate::metrics;
@@ -116,7 +118,8 @@ impl Daemon {
                 self.welcome(id, UnixStream::from(socket), who, number)?;
                 kill::point("welcomed");
             }
-            Kind::Memory => self.take_over(id, MemoryId(number), message.memory()?, watcher),
+            Kind::Memory => self.take_over(id, MemoryId(number), message.three()?, watcher),
+            Kind::Door | Kind::Guest => self.find_door(id, message)?,
             Kind::Known => {
                 if let Front::Keeper { told_all, .. } = &mut self.front {
                     *told_all = true;
@@ -135,6 +138,19 @@ impl Daemon {
             kind => return Err(io::Error::other(format!("{kind:?} is not for a worker"))),
         }
         Ok(false)
+    }
+
+    /// Another process had opened a door, or somebody had come to it.
+    fn find_door(&mut self, id: u64, message: Message) -> io::Result<()> {
+        let Some(connection) = self.connections.get_mut(&id) else { return Ok(()) };
+        let (kind, [_, memory, number]) = (message.kind, message.args);
+        let memory = MemoryId(memory);
+        if kind == Kind::Door {
+            connection.add_left_door(memory, LeftDoor::new(number, message.three()?));
+        } else if let Some(socket) = message.fds.into_iter().next() {
+            connection.add_left_guest(memory, number, socket);
+        }
+        Ok(())
     }
 
     /// Goes on serving what another process served.
@@ -165,11 +181,13 @@ impl Daemon {
                 return;
             }
         };
-        let served = connection.adapt(served, &self.config.options);
+        let mut served = connection.adapt(served, &self.config.options);
         if served.has_failed() {
             connection.hold(Some(Box::new(served)));
             return;
         }
+        let opening = self.reopen(id, &mut served, worker);
+        let Some(connection) = self.connections.get_mut(&id) else { return };
         let memory_bytes = served.bytes();
         connection.add_memory(memory, memory_bytes);
         self.memories.insert(memory, (id, worker));
@@ -180,6 +198,13 @@ impl Daemon {
         watcher(DaemonEvent::SessionStarted { session, peer_pid, memory_bytes });
         if !self.workers[worker].tell(Command::Serve(Box::new(served))) {
             error!(session, peer_pid, "the worker thread has ended");
+            return;
+        }
+        // The worker hears of the memory before it hears of those who had come.
+        if let Some(door) = opening.and_then(Opening::open)
+            && let Some(connection) = self.connections.get_mut(&id)
+        {
+            connection.add_door(memory, door);
         }
     }
 

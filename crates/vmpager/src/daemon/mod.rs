@@ -343,7 +343,7 @@ impl Daemon {
             let Some(connection) = self.connections.get_mut(&id) else { return };
             match connection.receive() {
                 Ok(Arrival::Nothing) => return,
-                Ok(Arrival::Part) => {}
+                Ok(Arrival::Part | Arrival::Known(_)) => {}
                 Ok(Arrival::HangUp) => {
                     self.peer_hung_up(id);
                     return;
@@ -435,6 +435,8 @@ impl Daemon {
                     let Some((id, _)) = self.memories.remove(&memory) else { continue };
                     let Some(connection) = self.connections.get_mut(&id) else { continue };
                     kill::point("ended");
+                    // First, for a successor hears of the door no more after that.
+                    connection.close_door(memory);
                     if held.is_none() {
                         self.front.let_go(session_of(id), memory);
                     }

@@ -8,9 +8,10 @@
 //!     | <----------------- Ready {layout, print} |
 //!     | Metrics {takeovers, unserved} {fd} ----> |  if numbers are shown
 //!     | Peer {peer, memories so far} {fds} ----> |  \  all that is known, then
-//!     | Memory {peer, memory} {fds} -----------> |   } whoever comes
+//!     | Door, Guest, Memory {peer, memory} ----> |   } whoever comes
 //!     | Known ---------------------------------> |  /
 //!     | <--------- Keep {peer, memory} {3 fds} -- |  before it is served
+//!     | <---- Door, Guest, Shut, Left {peer, .. } |  as other processes come and go
 //!     | <--------- Drop {peer, memory} ---------- |
 //!     | <--------- Forget {peer} ---------------- |
 //!     | Stop ----------------------------------> |
@@ -40,6 +41,12 @@ pub(crate) enum Kind {
     /// The socket where numbers are shown: `[workers replaced so far, nanoseconds
     /// without one that served]`.
     Metrics = 6,
+    /// Where other processes come to take part in a memory: `[peer, memory, number in
+    /// its name]`, socket, fault queue, the queue's eventfd. Told before the memory.
+    Door = 7,
+    /// A process that takes part: `[peer, memory, guest]`, the socket it came by; in
+    /// `guest`, [`Guest`](super::Guest) says what it is.
+    Guest = 8,
     /// The worker can take over: `[layout, fingerprint of what it serves]`.
     Ready = 16,
     /// Keep this memory: as `Memory`.
@@ -48,6 +55,10 @@ pub(crate) enum Kind {
     Drop = 18,
     /// Nothing more is to be kept of this peer: `[peer]`.
     Forget = 19,
+    /// A process takes part no longer: as `Guest`, without the socket.
+    Left = 20,
+    /// A memory has no door, nor guests: `[peer, memory]`.
+    Shut = 21,
     /// A keeper of this protocol: `[layout, fingerprint]`, as its worker's.
     Hello = 32,
     /// Hand over all there is.
@@ -58,17 +69,21 @@ pub(crate) enum Kind {
     Taken = 35,
 }
 
-const KINDS: [Kind; 14] = [
+const KINDS: [Kind; 18] = [
     Kind::Sources,
     Kind::Peer,
     Kind::Memory,
     Kind::Known,
     Kind::Stop,
     Kind::Metrics,
+    Kind::Door,
+    Kind::Guest,
     Kind::Ready,
     Kind::Keep,
     Kind::Drop,
     Kind::Forget,
+    Kind::Left,
+    Kind::Shut,
     Kind::Hello,
     Kind::Take,
     Kind::Listener,
@@ -84,12 +99,32 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    /// The three descriptors of a memory: userfaultfd, page map, record.
-    pub(crate) fn memory(self) -> io::Result<[OwnedFd; 3]> {
+    /// The three descriptors of a memory (userfaultfd, page map, record) or of a door
+    /// (socket, fault queue, eventfd).
+    pub(crate) fn three(self) -> io::Result<[OwnedFd; 3]> {
         let kind = self.kind;
         self.fds.try_into().map_err(|fds: Vec<OwnedFd>| {
             invalid(format!("{kind:?} came with {} descriptors, not with 3", fds.len()))
         })
+    }
+}
+
+/// A process that takes part in a memory, as one word: its number among those that
+/// came by the memory's door and, in the low byte, among the readers of the fault
+/// queue, if it is one (0 is the pager's own).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Guest {
+    pub(crate) id: u64,
+    pub(crate) reader: u64,
+}
+
+impl Guest {
+    pub(crate) fn word(self) -> u64 {
+        self.id << 8 | self.reader & 0xff
+    }
+
+    pub(crate) fn of(word: u64) -> Self {
+        Self { id: word >> 8, reader: word & 0xff }
     }
 }
 

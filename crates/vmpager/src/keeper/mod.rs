@@ -48,7 +48,7 @@ use self::gate::Gate;
 use self::handover::{Control, Predecessor, give};
 use self::manager::{Left, Manager};
 use self::message::look;
-pub(crate) use self::message::{Kind, Message, receive, send};
+pub(crate) use self::message::{Guest, Kind, Message, receive, send};
 use self::process::{Tell, Worker};
 use self::shown::Shown;
 use self::table::Table;

@@ -25,6 +25,9 @@ struct Kept {
     /// How many memories were ever kept for it.
     memories_so_far: u64,
     memories: BTreeMap<u64, Memory>,
+    /// Of its memories: where other processes come to take part. No service manager has
+    /// these.
+    doors: BTreeMap<u64, Door>,
     /// The name that the record of its latest memory is still kept under, if that has
     /// ended.
     ended: Option<String>,
@@ -40,6 +43,24 @@ struct Memory {
     names: [String; 3],
 }
 
+/// Where other processes come to take part in a memory, and who has.
+#[derive(Debug)]
+struct Door {
+    /// In its name.
+    number: u64,
+    fds: [OwnedFd; 3],
+    /// The sockets they came by.
+    guests: BTreeMap<u64, OwnedFd>,
+}
+
+impl Kept {
+    /// So many its worker needs as well, with the userfaultfds of guests.
+    fn descriptors(&self) -> usize {
+        let doors = self.doors.values().map(|door| 3 + 2 * door.guests.len());
+        2 + 3 * self.memories.len().max(1) + doors.sum::<usize>()
+    }
+}
+
 /// All peers, by number.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -53,6 +74,8 @@ pub(super) struct Table {
 pub(super) enum Entry {
     Peer(u64),
     Memory(u64, u64),
+    Door(u64, u64),
+    Guest(u64, u64, u64),
 }
 
 impl Table {
@@ -79,7 +102,7 @@ impl Table {
     /// Descriptors of all peers, and of one memory for each that has none yet: so many
     /// a worker needs as well.
     pub(super) fn descriptors(&self) -> usize {
-        self.peers.values().map(|kept| 2 + 3 * kept.memories.len().max(1)).sum()
+        self.peers.values().map(Kept::descriptors).sum()
     }
 
     /// A process has connected.
@@ -98,9 +121,9 @@ impl Table {
             self.manager.store(&name('i', &[peer]), pidfd);
         }
         self.manager.store(&name_of_it, &socket);
-        let (memories, ended) = (BTreeMap::new(), None);
-        let kept =
-            Kept { socket, who, pidfd, memories_so_far: had, memories, ended, name: name_of_it };
+        let (memories, doors, ended) = (BTreeMap::new(), BTreeMap::new(), None);
+        let (memories_so_far, name) = (had, name_of_it);
+        let kept = Kept { socket, who, pidfd, memories_so_far, memories, doors, ended, name };
         self.peers.insert(peer, kept);
         self.next = self.next.max(peer);
     }
@@ -118,10 +141,11 @@ impl Table {
             }
             Kind::Keep | Kind::Memory => {
                 let is_new = message.kind == Kind::Keep;
-                self.keep(peer, number, message.memory()?, is_new)?;
+                self.keep(peer, number, message.three()?, is_new)?;
             }
             Kind::Drop => self.let_go(peer, number),
             Kind::Forget => self.forget(peer),
+            Kind::Door | Kind::Guest | Kind::Left | Kind::Shut => self.apply_to_door(message)?,
             _ => return Err(io::ErrorKind::InvalidData.into()),
         }
         Ok(())
@@ -146,6 +170,7 @@ impl Table {
 
     fn let_go(&mut self, peer: u64, memory: u64) {
         let Some(kept) = self.peers.get_mut(&peer) else { return };
+        kept.doors.remove(&memory);
         let Some(Memory { names: [uffd, map, record], .. }) = kept.memories.remove(&memory) else {
             return;
         };
@@ -192,12 +217,43 @@ impl Table {
         Ok(())
     }
 
-    /// All there is.
+    /// Whoever tells of guests does not wait for what is told of their memory, which
+    /// may have ended: then there is nothing to be kept.
+    fn apply_to_door(&mut self, message: Message) -> io::Result<()> {
+        let [peer, memory, number] = message.args;
+        let Some(kept) = self.peers.get_mut(&peer) else { return Ok(()) };
+        match message.kind {
+            Kind::Door => {
+                let guests = kept.doors.remove(&memory).map(|door| door.guests);
+                let (guests, fds) = (guests.unwrap_or_default(), message.three()?);
+                kept.doors.insert(memory, Door { number, fds, guests });
+            }
+            Kind::Shut => drop(kept.doors.remove(&memory)),
+            _ => {
+                let Some(door) = kept.doors.get_mut(&memory) else { return Ok(()) };
+                match message.fds.into_iter().next() {
+                    Some(socket) => drop(door.guests.insert(number, socket)),
+                    None => drop(door.guests.remove(&number)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// All there is: of a memory, first what its door was.
     pub(super) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
         self.peers.iter().flat_map(|(peer, kept)| {
+            let doors = kept.doors.iter().flat_map(|(memory, door)| {
+                let guests = door.guests.keys().map(|guest| Entry::Guest(*peer, *memory, *guest));
+                std::iter::once(Entry::Door(*peer, *memory)).chain(guests)
+            });
             let memories = kept.memories.keys().map(|memory| Entry::Memory(*peer, *memory));
-            std::iter::once(Entry::Peer(*peer)).chain(memories)
+            std::iter::once(Entry::Peer(*peer)).chain(doors).chain(memories)
         })
+    }
+
+    fn door(&self, peer: u64, memory: u64) -> Option<&Door> {
+        self.peers.get(&peer)?.doors.get(&memory)
     }
 
     /// Tells somebody of an entry, if it is still there.
@@ -213,6 +269,15 @@ impl Table {
                 let kept = self.peers.get(&peer).and_then(|kept| kept.memories.get(&memory));
                 let Some(Memory { fds, .. }) = kept else { return Ok(()) };
                 send(to, Kind::Memory, [peer, memory, 0], &fds.each_ref().map(AsFd::as_fd))
+            }
+            Entry::Door(peer, memory) => {
+                let Some(Door { number, fds, .. }) = self.door(peer, memory) else { return Ok(()) };
+                send(to, Kind::Door, [peer, memory, *number], &fds.each_ref().map(AsFd::as_fd))
+            }
+            Entry::Guest(peer, memory, guest) => {
+                let socket = self.door(peer, memory).and_then(|door| door.guests.get(&guest));
+                let Some(socket) = socket else { return Ok(()) };
+                send(to, Kind::Guest, [peer, memory, guest], &[socket.as_fd()])
             }
         }
     }

@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 use tracing::{error, warn};
 use vmpager_core::queue::Taken;
 use vmpager_core::{Content, Hva, MapSlot, PageRun, PageSize, SlotSet};
-use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
+use vmpager_sys::uffd::{Features, Message, Stop, Userfaultfd};
 
 use super::install::{Put, PutEnd};
 use super::{Lost, Pending, Served};
 use crate::attach::FaultReader;
+use crate::kill;
 
 /// Names a view of one memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +78,6 @@ pub(super) struct Outside {
     views: Vec<View>,
     queue: Option<(FaultReader, Vec<MapSlot>)>,
     waiting: Vec<(Waits, u64)>,
-    messages: Messages,
     /// The view whose fault is being served.
     pub(super) serving: Option<ViewId>,
     /// vCPUs exit on pages that are not in the VMM's own page tables.
@@ -187,11 +187,13 @@ impl Served {
         if view.broken {
             return Ok(());
         }
-        if let Err(error) = view.uffd.read(&mut self.outside.messages) {
+        self.record.reads_of(Some(&view.slots));
+        if let Err(error) = view.uffd.read(&mut self.messages) {
             warn!("reading the userfaultfd of another process: {error}; it is served no longer");
             view.broken = true;
         }
-        let messages: Vec<Message> = self.outside.messages.drain().collect();
+        kill::point("view read");
+        let messages: Vec<Message> = self.messages.drain().collect();
         for message in messages {
             let view = &self.outside.views[at];
             match message {
@@ -216,23 +218,27 @@ impl Served {
                     self.demand(page, Some(id));
                 }
                 Message::Remove { start, end, .. } => {
-                    let runs: Vec<_> = view.slots.runs_within(Hva(start), Hva(end)).collect();
-                    for run in runs {
-                        let (hva, len) = self.address(run);
-                        self.counters.pages_removed += self.engine.removed(hva, Hva(hva.0 + len));
-                    }
+                    let slots = view.slots.clone();
+                    self.removed_in_view(&slots, Hva(start), Hva(end));
                 }
-                Message::Remap { .. } => {
-                    warn!(
-                        "another process moved its view of guest memory; what moved is not served"
-                    );
-                }
+                Message::Remap { .. } => moved_view(),
                 // Closing it would let the child read zeroes (trap 7).
                 Message::Fork { child } => self.children.push(child),
                 Message::Unknown(event) => warn!(event, "unknown userfaultfd event"),
             }
         }
+        kill::point("view applied");
+        self.messages.clear();
+        self.record.reads_of(None);
         Ok(())
+    }
+
+    /// Pages were given back by a process that has these slots.
+    pub(super) fn removed_in_view(&mut self, slots: &SlotSet, start: Hva, end: Hva) {
+        for run in slots.runs_within(start, end) {
+            let (hva, len) = self.address(run);
+            self.counters.pages_removed += self.engine.removed(hva, Hva(hva.0 + len));
+        }
     }
 
     /// Somebody here found a page write-protected: unless the memory is frozen,
@@ -416,6 +422,10 @@ impl Served {
         }
         Ok(())
     }
+}
+
+pub(super) fn moved_view() {
+    warn!("another process moved its view of guest memory; what moved is not served");
 }
 
 impl AsFd for View {

@@ -12,7 +12,9 @@
 //! | 3 | flags: [`Flag`] |
 //! | 4 | fingerprint of the source ([`PageSource::fingerprint`]) |
 //! | 5 | how many processes took the memory over |
-//! | 512..768 | messages read from the userfaultfd and not yet applied |
+//! | 6 | slots of the view whose messages are read; 0: the memory's own |
+//! | 512..768 | messages read from a userfaultfd and not yet applied |
+//! | 768..1024 | that view's host address of each slot |
 //! | 1024.. | four words a slot: host address, bytes, offset in the source, page size |
 //!
 //! # Why no removal is lost
@@ -32,7 +34,9 @@
 //! Killed before 2 has ended, it leaves messages behind, and the successor applies
 //! them before it does anything else. Applying one twice does no harm: the pages
 //! are `Zero` already, which they remain for ever, and nothing was installed in
-//! between. Killed after 2, the page map says it all. Faults in the buffer need no
+//! between. Another process's view of the memory has messages with addresses of its
+//! own; where its slots are is noted before they are read, while the buffer is clear.
+//! Killed after 2, the page map says it all. Faults in the buffer need no
 //! care: the successor wakes whoever waits, and they fault again.
 //!
 //! The rest follows from the page map. A page is claimed before it is installed and
@@ -59,6 +63,8 @@ const COUNT: usize = 2;
 const FLAGS: usize = 3;
 const SOURCE: usize = 4;
 const TAKEOVERS: usize = 5;
+const VIEW: usize = 6;
+const VIEW_AT: std::ops::Range<usize> = 768..1024;
 const JOURNAL: usize = 512;
 const SLOTS: usize = 1024;
 const SLOT_WORDS: usize = 4;
@@ -195,6 +201,42 @@ impl Record {
             Ok(Slot { hva, len: self.word(at + 1), source_offset: self.word(at + 2), page_size })
         });
         slots.collect()
+    }
+
+    /// The messages to be read next are those of a view with these slots, or the
+    /// memory's own. There are none in the buffer.
+    pub(crate) fn reads_of(&self, view: Option<&SlotSet>) {
+        if view.is_none() && self.word(VIEW) == 0 {
+            return;
+        }
+        let (mut count, mut page) = (0, 0);
+        while let Some(slots) = view.filter(|slots| page < slots.pages())
+            && count < VIEW_AT.len()
+        {
+            let (slot, run) = slots.slot_of(page);
+            self.words[VIEW_AT.start + count].store(slot.hva.0, Ordering::Relaxed);
+            (count, page) = (count + 1, run.end());
+        }
+        self.words[VIEW].store(count as u64, Ordering::Release);
+    }
+
+    /// The slots of the view whose messages were read last, unless those were the
+    /// memory's own.
+    ///
+    /// # Errors
+    ///
+    /// If there are no such slots.
+    pub(crate) fn view(&self) -> Result<Option<Vec<Slot>>, RecordError> {
+        let mut slots = self.slots()?;
+        match self.word(VIEW) {
+            0 => return Ok(None),
+            count if count == slots.len() as u64 && slots.len() <= VIEW_AT.len() => {}
+            value => return Err(RecordError::Field { field: "number of a view's slots", value }),
+        }
+        for (slot, at) in slots.iter_mut().zip(VIEW_AT) {
+            slot.hva = Hva(self.word(at));
+        }
+        Ok(Some(slots))
     }
 
     /// Where messages are to be read into.

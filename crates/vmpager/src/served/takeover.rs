@@ -9,6 +9,7 @@ use tracing::{error, warn};
 use vmpager_core::{Engine, Hva, MapError, PageSource, SlotError, SlotSet};
 use vmpager_sys::uffd::{Left, Userfaultfd};
 
+use super::outside::moved_view;
 use super::{Flag, RecordError, ServeOptions, Served, State};
 use crate::kill;
 use crate::reads::MemoryId;
@@ -43,28 +44,35 @@ impl Served {
         let written = state.map.written()?;
         let engine = Engine::take_over(slots, state.map, &written, options.neighbours)?;
         let mut served = Self::over(id, uffd, engine, state.record, options);
-        served.apply_what_was_left();
+        served.apply_what_was_left()?;
         kill::point("taken over");
         served.wake_everybody();
         Ok(served)
     }
 
     /// Applies the removals that were read and may not have been applied.
-    fn apply_what_was_left(&mut self) {
-        for left in self.messages.left_behind() {
-            match left {
-                Left::Removed { start, end } => {
+    fn apply_what_was_left(&mut self) -> Result<(), TakeoverError> {
+        let view = self.record.view()?.map(|slots| SlotSet::new(&slots, u64::MAX)).transpose()?;
+        let left: Vec<Left> = self.messages.left_behind().collect();
+        for left in left {
+            match (left, &view) {
+                (Left::Removed { start, end }, None) => {
                     self.counters.pages_removed += self.engine.removed(Hva(start), Hva(end));
                 }
-                Left::Moved => {
+                (Left::Removed { start, end }, Some(view)) => {
+                    self.removed_in_view(view, Hva(start), Hva(end));
+                }
+                (Left::Moved, None) => {
                     error!("the VMM has moved guest memory, which is served no longer");
                     self.record.set(Flag::Failed);
                 }
-                Left::Forked => warn!("the VMM had forked; the child reads zeroes"),
+                (Left::Moved, Some(_)) => moved_view(),
+                (Left::Forked, _) => warn!("a process had forked; the child reads zeroes"),
             }
         }
         kill::point("left applied");
         self.messages.clear();
+        Ok(())
     }
 
     /// Faults that were read and not answered are told to nobody again, but by

@@ -37,6 +37,8 @@ pub(crate) struct Plan {
     pub(crate) hold_last: bool,
     /// They are of a program that reads page maps and records of another version.
     pub(crate) other_layout: bool,
+    /// Other processes may take part.
+    pub(crate) attach: bool,
 }
 
 /// A keeper that runs.
@@ -49,6 +51,7 @@ pub(crate) struct Kept {
 }
 
 const WORKER: &str = "kept ";
+const DOORS: &str = "doors";
 
 impl Kept {
     /// The test that calls this has to call [`run_if_worker`] first.
@@ -56,6 +59,7 @@ impl Kept {
         super::log::everywhere();
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("pager.sock");
+        fs::create_dir(dir.path().join(DOORS)).unwrap();
         let (stopper, thread) = run_keeper(test, plan, dir.path(), false);
         let until = Instant::now() + Duration::from_secs(20);
         while !socket.exists() {
@@ -77,6 +81,11 @@ impl Kept {
     pub(crate) fn cannot_be_replaced(&self, test: &str, plan: &Plan) -> String {
         let (_, thread) = run_keeper(test, plan, self.dir.path(), true);
         thread.join().unwrap().unwrap_err().to_string()
+    }
+
+    /// Where other processes take part, if they may.
+    pub(crate) fn doors(&self) -> PathBuf {
+        self.dir.path().join(DOORS)
     }
 
     pub(crate) fn connect(&self) -> UnixStream {
@@ -144,7 +153,10 @@ pub(crate) fn run_if_worker() -> bool {
         let seed = u64::from(std::process::id());
         let dir = dir.clone();
         std::thread::spawn(move || {
-            let lives = Random::new(seed).below(usize::try_from(most).unwrap() * 1000);
+            let mut random = Random::new(seed);
+            // Who comes to a door has to find somebody who lives long enough to answer.
+            let most = if plan.attach { most << random.below(6) } else { most };
+            let lives = random.below(usize::try_from(most).unwrap() * 1000);
             std::thread::sleep(Duration::from_micros(lives as u64));
             if count(&dir) {
                 rustix::process::kill_process(
@@ -175,6 +187,7 @@ pub(crate) fn run_if_worker() -> bool {
     }
     let mut config = DaemonConfig::new("", source as Arc<_>);
     config.options.background_fill = plan.fill;
+    config.attach = plan.attach.then(|| dir.join(DOORS));
     config.workers = 2;
     config.partial = true;
     config.stop_timeout = Duration::from_millis(100);
