@@ -1,7 +1,8 @@
 //! The lab's program, one static binary in several roles: the init of the
 //! emulated machine, which runs the tests; the init of the Linux guests that
 //! the tests start; a runner of the same tests on a machine's own KVM; one test,
-//! in a process of its own; and what starts guests where they are safe.
+//! in a process of its own; a device's back-end; and what starts guests where they are
+//! safe.
 //! `docs/lab.md` tells how it all goes together.
 //!
 //! | module | what lives there |
@@ -25,6 +26,7 @@ mod runner;
 
 use std::ffi::OsString;
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -51,6 +53,15 @@ enum Role {
         /// The test.
         name: String,
     },
+    /// Is a device's back-end, which uses the memory of a guest.
+    TakePart {
+        /// Where it is to be had.
+        #[arg(long)]
+        door: PathBuf,
+        /// The snapshot the guest was restored from.
+        #[arg(long)]
+        memory: PathBuf,
+    },
     /// Becomes a command, on CPUs where the emulator does not lose guests.
     WhereGuestsMayRun {
         /// The program and its arguments.
@@ -74,6 +85,7 @@ fn main() -> ExitCode {
             runner::run(&lab, &names, &mut Report::new(Box::new(io::stdout())))
         }
         Role::Test { lab, name } => cases::named(&name).and_then(|case| (case.run)(&lab)),
+        Role::TakePart { door, memory } => cases::take_part(&door, &memory),
         Role::WhereGuestsMayRun { command } => {
             Err(anyhow::Error::new(cpus::run_off_the_first(&command)).context("running a guest"))
         }

@@ -2,6 +2,7 @@
 //! directory, and fails by returning an error.
 
 mod apf;
+mod back_end;
 mod beat;
 mod exits;
 mod faulty;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use anyhow::Context;
 use vmpager_kvm::probe;
 
+pub(crate) use back_end::take_part;
 pub(crate) use guest::GuestLost;
 
 /// One test.
@@ -74,9 +76,9 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case(
         "restore",
-        "restored_through_serve_it_goes_on",
+        "restored_through_serve_with_a_back_end_it_goes_on",
         90,
-        restore::restored_through_serve_it_goes_on,
+        restore::restored_through_serve_with_a_back_end_it_goes_on,
     ),
     case(
         "restore",

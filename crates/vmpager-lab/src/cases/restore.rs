@@ -1,12 +1,14 @@
 //! A Linux guest saved under load, and brought back in every way.
 
+use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::ensure;
-use vmpager::EndReason;
+use anyhow::{Context, ensure};
+use vmpager::{EndReason, SessionSummary};
 
 use super::Lab;
+use super::back_end::BackEnd;
 use super::guest::{Guest, SMALL, Size, TWO};
 use super::pager::Serve;
 use super::saved::Saved;
@@ -59,13 +61,29 @@ pub(super) fn restored_on_demand_with_fill_it_goes_on(lab: &Lab) -> anyhow::Resu
     restores(lab, &Saved::shared(lab, &TWO)?, &["on-demand", "--background-fill"])
 }
 
-pub(super) fn restored_through_serve_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
+/// The guest's vCPUs leave it on missing pages and ask by the fault queue; a back-end in
+/// a process of its own maps the same memory; one pager brings the pages of both.
+pub(super) fn restored_through_serve_with_a_back_end_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
     let saved = Saved::shared(lab, &TWO)?;
-    let serve = Serve::start(lab, &saved.memory, &[])?;
-    restores(lab, &saved, &THROUGH_PAGER)?;
+    let doors = Path::new("doors");
+    fs::create_dir(doors).context("making a directory for doors")?;
+    let serve = Serve::start(lab, &saved.memory, &["--attach", "doors"])?;
+    let mode = [&THROUGH_PAGER[..], &["--attach", "doors", "--delivery", "exit"]].concat();
+    let begin = Instant::now();
+    let mut guest = saved.start(lab, &mode, "control")?;
+    let back_end = BackEnd::start(doors, &saved.memory)?;
+    saved.goes_on(&mut guest, begin)?;
+    back_end.end_well()?;
+    works_and_compares(lab, &saved, guest)?;
     let sessions = serve.stop()?;
     let [session] = &sessions[..] else { anyhow::bail!("{} sessions, not one", sessions.len()) };
     ensure!(session.faults > 0 && session.pages_poisoned == 0, "{session:?}");
+    let SessionSummary { faults_vcpu, faults_vmm, faults_kernel, .. } = session;
+    let SessionSummary { faults_attached, faults_queued, .. } = session;
+    let origins = [faults_vcpu, faults_vmm, faults_kernel, faults_attached, faults_queued];
+    println!("faults of vCPUs, the VMM, the kernel, the back-end, the queue: {origins:?}");
+    ensure!(origins.into_iter().sum::<u64>() == session.faults, "{session:?}");
+    ensure!(*faults_attached > 0 && *faults_queued > 0, "{session:?}");
     Ok(())
 }
 
