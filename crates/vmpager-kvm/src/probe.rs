@@ -13,7 +13,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use kvm_bindings as kb;
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VmFd};
 
 /// The only version of the KVM interface there has been since Linux 2.6.22.
 pub const API_VERSION: i32 = 12;
@@ -248,6 +248,13 @@ pub fn kvm_at(paths: &KvmPaths) -> Result<KvmReport, KvmProbeError> {
         recommended_vcpus: cap(kb::KVM_CAP_NR_VCPUS),
         max_vcpus: cap(kb::KVM_CAP_MAX_VCPUS),
     })
+}
+
+/// The flags that guest_memfds of a VM of this type can have
+/// (`KVM_CAP_GUEST_MEMFD_FLAGS`): 0 before Linux 6.18. VMs with private memory have no
+/// [`GUEST_MEMFD_INIT_SHARED`].
+pub fn guest_memfd_flags(vm: &VmFd) -> u32 {
+    u32::try_from(vm.check_extension_raw(CAP_GUEST_MEMFD_FLAGS.into())).unwrap_or(0)
 }
 
 fn open(paths: &KvmPaths) -> Result<Kvm, KvmProbeError> {

@@ -160,7 +160,7 @@ impl Kinds {
     /// The runs of private pages, by number, cut where slots end.
     pub fn private_runs(&self) -> Vec<Range<u64>> {
         let slots = self.slots.slots.iter();
-        slots.flat_map(|slot| self.runs(slot, |index| self.private.get(index))).collect()
+        slots.flat_map(|slot| self.runs(slot, |word| self.private.word(word))).collect()
     }
 
     /// Begins a conversion. `Preserve` is for kinds that [can](Self::can).
@@ -176,16 +176,17 @@ impl Kinds {
         if self.is_busy(&pages) {
             return Ok(Begin::Busy);
         }
-        let wanted = request.to == Kind::Private;
+        let wanted = if request.to == Kind::Private { u64::MAX } else { 0 };
         let slots = self.slots.cut(&pages);
-        let runs = |is: &dyn Fn(u64) -> bool| -> Vec<_> {
-            slots.iter().flat_map(|slot| self.runs(slot, is)).collect()
+        let runs = |are: &dyn Fn(usize) -> u64| -> Vec<_> {
+            slots.iter().flat_map(|slot| self.runs(slot, are)).collect()
         };
-        let differs = |index| self.private.get(index) != wanted;
+        // Bits of the pages that change.
+        let differ = |word| self.private.word(word) ^ wanted;
         let parts = Parts {
-            pieces: runs(&differs),
-            repairs: runs(&|index| !differs(index) && self.closed.get(index)),
-            stale: runs(&|index| differs(index) && self.stale.get(index)),
+            pieces: runs(&differ),
+            repairs: runs(&|word| !differ(word) & self.closed.word(word)),
+            stale: runs(&|word| differ(word) & self.stale.word(word)),
         };
         if parts.pieces.is_empty() && parts.repairs.is_empty() {
             return Ok(Begin::Nothing);
@@ -233,6 +234,11 @@ impl Kinds {
         }
     }
 
+    /// Whether some conversion goes on.
+    pub fn is_converting(&self) -> bool {
+        !self.busy.is_empty()
+    }
+
     fn is_busy(&self, pages: &Range<u64>) -> bool {
         self.busy.iter().any(|busy| busy.start < pages.end && pages.start < busy.end)
     }
@@ -242,23 +248,35 @@ impl Kinds {
         first..first + (pages.end - pages.start)
     }
 
-    /// The longest runs of pages in a range, which lies in one slot, of whose
-    /// index that is true.
-    fn runs(&self, pages: &Range<u64>, is: impl Fn(u64) -> bool) -> Vec<Range<u64>> {
-        let first = self.indices(pages).start;
+    /// The longest runs of pages in a range, which lies in one slot, whose bits are
+    /// set in the words that `word` gives, by number.
+    fn runs(&self, pages: &Range<u64>, word: impl Fn(usize) -> u64) -> Vec<Range<u64>> {
+        let indices = self.indices(pages);
         let mut runs: Vec<Range<u64>> = Vec::new();
-        for page in pages.clone() {
-            if !is(first + (page - pages.start)) {
+        let mut at = indices.start;
+        while at < indices.end {
+            let (number, bit) = place(at);
+            let end = indices.end.min((at | (WORD - 1)) + 1);
+            let bits = word(number) & !(bit - 1);
+            let start = at / WORD * WORD + u64::from(bits.trailing_zeros());
+            if start >= end {
+                at = end;
                 continue;
             }
+            let ones = (bits >> (start % WORD)).trailing_ones();
+            at = end.min(start + u64::from(ones));
+            let run = pages.start + (start - indices.start)..pages.start + (at - indices.start);
             match runs.last_mut() {
-                Some(run) if run.end == page => run.end += 1,
-                _ => runs.push(page..page + 1),
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ => runs.push(run),
             }
         }
         runs
     }
 }
+
+/// Bits in a word.
+const WORD: u64 = 64;
 
 /// A bit for each page.
 #[derive(Debug)]
@@ -266,7 +284,7 @@ struct Bits(Vec<u64>);
 
 impl Bits {
     fn new(count: u64) -> Self {
-        let words = usize::try_from(count.div_ceil(64)).unwrap_or(usize::MAX);
+        let words = usize::try_from(count.div_ceil(WORD)).unwrap_or(usize::MAX);
         Self(vec![0; words])
     }
 
@@ -275,15 +293,60 @@ impl Bits {
         self.0.get(word).is_some_and(|word| word & bit != 0)
     }
 
+    /// Bits of a word by its number; none beyond the last.
+    fn word(&self, number: usize) -> u64 {
+        self.0.get(number).copied().unwrap_or(0)
+    }
+
     fn set(&mut self, indices: Range<u64>, to: bool) {
-        for (word, bit) in indices.map(place) {
-            if let Some(word) = self.0.get_mut(word) {
-                *word = if to { *word | bit } else { *word & !bit };
+        let mut at = indices.start;
+        while at < indices.end {
+            let (number, bit) = place(at);
+            let end = indices.end.min((at | (WORD - 1)) + 1);
+            let mask = !(bit - 1) & (u64::MAX >> (WORD - 1 - (end - 1) % WORD));
+            if let Some(word) = self.0.get_mut(number) {
+                *word = if to { *word | mask } else { *word & !mask };
             }
+            at = end;
         }
     }
 }
 
 fn place(index: u64) -> (usize, u64) {
-    (usize::try_from(index / 64).unwrap_or(usize::MAX), 1 << (index % 64))
+    (usize::try_from(index / WORD).unwrap_or(usize::MAX), 1 << (index % WORD))
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Word by word or bit by bit is the same.
+        #[test]
+        fn runs_are_those_of_the_bits_set(
+            ranges in prop::collection::vec((0..200u64, 0..200u64, any::<bool>()), 0..8),
+            (first, count, offset) in (0..200u64, 0..200u64, 0..300u64),
+        ) {
+            let mut kinds = {
+                let slot = (offset * PAGE_BYTES, 200 * PAGE_BYTES);
+                Kinds::new(Slots::new([slot]).unwrap(), Places::One, Kind::Shared)
+            };
+            let mut bits = [false; 200];
+            for (start, end, to) in ranges {
+                kinds.private.set(start..end, to);
+                bits.iter_mut().zip(0..).filter(|(_, i)| (start..end).contains(i)).for_each(|b| *b.0 = to);
+            }
+            let pages = offset + first..offset + (first + count).min(200);
+            let is_set = |page: &u64| bits[usize::try_from(page - offset).unwrap()];
+            let runs = kinds.runs(&pages, |word| kinds.private.word(word));
+            let expected: Vec<u64> = pages.filter(is_set).collect();
+            prop_assert_eq!(runs.iter().cloned().flatten().collect::<Vec<_>>(), expected);
+            let touching = runs.iter().zip(runs.iter().skip(1)).any(|(a, b)| a.end >= b.start);
+            prop_assert!(!touching && runs.iter().all(|run| !run.is_empty()), "{:?}", runs);
+            let same = (0..).zip(bits).all(|(index, bit)| kinds.private.get(index) == bit);
+            prop_assert!(same);
+        }
+    }
 }

@@ -50,6 +50,12 @@ pub trait Backend: fmt::Debug + Send + Sync {
     ///
     /// What the kernel says. Some of the range may be open.
     fn reopen(&self, range: Range<u64>, to: Kind) -> io::Result<()>;
+
+    /// Which page an access was meant for, and as what, given the address and the
+    /// kind that KVM tells of it: these, unless the back-end has views of its own.
+    fn meant(&self, gpa: u64, told: Kind) -> (u64, Kind) {
+        (gpa, told)
+    }
 }
 
 /// Where a range of guest-physical addresses is in the memory behind its memslots:

@@ -11,13 +11,13 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_memory_attributes};
 use kvm_ioctls::VmFd;
 use vmpager_core::convert::{Kind, Places};
 use vmpager_sys::memfd;
 use vmpager_sys::memory::Mapping;
 
 use super::Backend;
+use super::attributes::set_private;
 use super::backend::pieces;
 use crate::exit::GpaRange;
 
@@ -43,20 +43,8 @@ impl GuestMemfd {
         Self { vm, private, shared, slots }
     }
 
-    fn set(&self, range: Range<u64>, kind: Kind) -> io::Result<()> {
-        let attributes = match kind {
-            Kind::Private => u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE),
-            Kind::Shared => 0,
-        };
-        let size = range.end - range.start;
-        let wanted = kvm_memory_attributes { address: range.start, size, attributes, flags: 0 };
-        loop {
-            match self.vm.set_memory_attributes(wanted).map_err(io::Error::from) {
-                // A signal came in between.
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                set => return set,
-            }
-        }
+    fn set(&self, range: &Range<u64>, kind: Kind) -> io::Result<()> {
+        set_private(&self.vm, range, kind == Kind::Private)
     }
 }
 
@@ -70,7 +58,7 @@ impl Backend for GuestMemfd {
     }
 
     fn close(&self, range: Range<u64>, to: Kind) -> io::Result<()> {
-        self.set(range, to)
+        self.set(&range, to)
     }
 
     fn discard(&self, range: Range<u64>, of: Kind) -> io::Result<()> {
@@ -89,6 +77,6 @@ impl Backend for GuestMemfd {
     }
 
     fn reopen(&self, range: Range<u64>, to: Kind) -> io::Result<()> {
-        self.set(range, to)
+        self.set(&range, to)
     }
 }

@@ -23,13 +23,22 @@ pub struct InPlace {
     vcpus: Arc<Mapping>,
     views: Vec<Arc<Mapping>>,
     slots: Vec<GpaRange>,
+    name: &'static str,
 }
 
 impl InPlace {
     /// For memslots whose pages are in `vcpus`, a shared mapping of a memfd of which
     /// `views` are the others.
     pub fn new(vcpus: Arc<Mapping>, views: Vec<Arc<Mapping>>, slots: Vec<GpaRange>) -> Self {
-        Self { vcpus, views, slots }
+        Self { vcpus, views, slots, name: "memory in place" }
+    }
+
+    /// The same, when the file is a guest_memfd that the host can map
+    /// (`GUEST_MEMFD_FLAG_MMAP` and `GUEST_MEMFD_FLAG_INIT_SHARED`): vCPUs have pages of
+    /// it whoever else maps them.
+    #[must_use]
+    pub fn of_guest_memfd(self) -> Self {
+        Self { name: "guest_memfd in place", ..self }
     }
 
     fn allow(&self, range: &Range<u64>, access: Access) -> io::Result<()> {
@@ -44,7 +53,7 @@ impl InPlace {
 
 impl Backend for InPlace {
     fn name(&self) -> &'static str {
-        "memory in place"
+        self.name
     }
 
     fn places(&self) -> Places {

@@ -71,13 +71,7 @@ pub(super) struct Log {
 }
 
 impl Log {
-    pub(super) fn add(
-        &mut self,
-        cause: Cause,
-        request: Request,
-        outcome: &Outcome,
-        took: Duration,
-    ) {
+    pub(super) fn add(&mut self, cause: Cause, request: Request, outcome: Outcome, took: Duration) {
         self.count(cause);
         let pages = |ranges: &[Range<u64>]| ranges.iter().map(|r| r.end - r.start).sum::<u64>();
         match outcome.to {
@@ -92,7 +86,7 @@ impl Log {
         if self.latest.len() == KEPT {
             self.latest.pop_front();
         }
-        let (number, outcome) = (self.begun, outcome.clone());
+        let number = self.begun;
         self.latest.push_back(Logged { number, cause, request, outcome, took });
         self.begun += 1;
     }

@@ -14,13 +14,18 @@
 //! |---|---|---|
 //! | [`GuestMemfd`] | shared: a mapping; private: a guest_memfd, which the host cannot map | zero |
 //! | [`InPlace`] | one file; private pages are in none of the host's mappings | zero, preserve |
+//! | [`ByAddress`] | the same, and vCPUs reach each kind at addresses of its own | zero, preserve |
 //!
 //! With a guest_memfd KVM enforces the kinds, by memory attributes
 //! (`KVM_SET_MEMORY_ATTRIBUTES`). In place, the VMM does, for its own sake: the
 //! host's views lose private pages, but a process that has the file can map it
-//! anew. What that is good for is hosts without attributes.
+//! anew. What that is good for is hosts without attributes. By address, a guest says
+//! which kind it means, as SEV-SNP's and TDX's do, so that its accesses ask for
+//! conversions.
 
+mod attributes;
 mod backend;
+mod by_address;
 mod guest_memfd;
 mod in_place;
 mod log;
@@ -38,6 +43,7 @@ use vmpager_core::convert::{
 };
 
 pub use backend::Backend;
+pub use by_address::ByAddress;
 pub use guest_memfd::GuestMemfd;
 pub use in_place::InPlace;
 use log::Log;
@@ -50,8 +56,9 @@ pub enum Intent {
     /// software-protected VMs, whose guests do not say which kind they mean. If
     /// the page is of the other kind by now, it has just been converted.
     Attribute,
-    /// From the guest itself, by a bit of its page tables or of the address: if the
-    /// page is of the other kind, the guest wants it converted.
+    /// From the guest itself, by a bit of its page tables or of the address (with
+    /// [`ByAddress`], too): if the page is of the other kind, the guest wants it
+    /// converted.
     Access,
 }
 
@@ -77,7 +84,8 @@ pub enum ConvertError {
     /// A step of it failed.
     #[error(
         "converting gpa {:#x} to {:#x} to {}: {} failed: {error}; {}",
-        .request.gpa, .request.gpa + .request.len, .request.to, describe(&.outcome.failed),
+        .request.gpa, .request.gpa + .request.len, .request.to,
+        .outcome.failed.as_ref().map_or_else(String::new, failed_step),
         stands(.outcome)
     )]
     Failed {
@@ -99,17 +107,17 @@ pub enum ConvertError {
     },
 }
 
-fn describe(step: &Option<Step>) -> String {
+/// A step that failed, in words.
+pub fn failed_step(step: &Step) -> String {
     let at = |pages: &std::ops::Range<u64>| {
         format!("gpa {:#x} to {:#x}", pages.start * PAGE_BYTES, pages.end * PAGE_BYTES)
     };
     match step {
-        Some(Step::Close { pages, .. }) => format!("closing {}", at(pages)),
-        Some(Step::Discard { pages, of }) => format!("discarding {of} memory of {}", at(pages)),
-        Some(Step::Open { pages, .. } | Step::Reopen { pages, .. }) => {
+        Step::Close { pages, .. } => format!("closing {}", at(pages)),
+        Step::Discard { pages, of } => format!("discarding {of} memory of {}", at(pages)),
+        Step::Open { pages, .. } | Step::Reopen { pages, .. } => {
             format!("opening {}", at(pages))
         }
-        None => "nothing".to_owned(),
     }
 }
 
@@ -164,7 +172,7 @@ pub struct PrivateMemory {
     backend: Box<dyn Backend>,
     contents: Contents,
     intent: Intent,
-    /// Whether hypercalls are answered by bare calls.
+    /// Whether guests are answered by bare calls.
     bare: AtomicBool,
     /// Never held while a step is carried out.
     state: Mutex<Kept>,
@@ -176,6 +184,26 @@ pub struct PrivateMemory {
 struct Kept {
     kinds: Kinds,
     log: Log,
+    /// Threads that wait for a conversion's end: to wake none takes no system call.
+    waiting: usize,
+    /// How many want no conversion to begin.
+    held: usize,
+}
+
+/// Keeps conversions from beginning, as long as it is there.
+#[derive(Debug)]
+pub struct Held<'a>(&'a PrivateMemory);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.held -= 1;
+        let is_awaited = state.waiting > 0;
+        drop(state);
+        if is_awaited {
+            self.0.over.notify_all();
+        }
+    }
 }
 
 impl PrivateMemory {
@@ -197,7 +225,7 @@ impl PrivateMemory {
         if !kinds.can(contents) {
             return Err(PrivateError::CannotPreserve { backend: backend.name() });
         }
-        let state = Mutex::new(Kept { kinds, log: Log::default() });
+        let state = Mutex::new(Kept { kinds, log: Log::default(), waiting: 0, held: 0 });
         let bare = AtomicBool::new(false);
         Ok(Self { backend, contents, intent, bare, state, over: Condvar::new() })
     }
@@ -243,6 +271,18 @@ impl PrivateMemory {
         self.carry_out(request, self.contents, cause)
     }
 
+    /// Waits until no conversion goes on, and lets none begin until the answer is
+    /// dropped: those that are asked for wait. So kinds and contents can be saved as
+    /// they are at one moment. The caller must ask for no conversion meanwhile.
+    pub fn hold(&self) -> Held<'_> {
+        let mut state = self.lock();
+        state.held += 1;
+        while state.kinds.is_converting() {
+            state = self.wait(state);
+        }
+        Held(self)
+    }
+
     fn carry_out(
         &self,
         request: &Request,
@@ -252,6 +292,11 @@ impl PrivateMemory {
         let began = Instant::now();
         let mut state = self.lock();
         let mut conversion = loop {
+            if state.held > 0 {
+                state.log.waited();
+                state = self.wait(state);
+                continue;
+            }
             match state.kinds.begin(request, contents) {
                 Err(refusal) => {
                     state.log.refused();
@@ -263,7 +308,7 @@ impl PrivateMemory {
                 }
                 Ok(Begin::Busy) => {
                     state.log.waited();
-                    state = self.over.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    state = self.wait(state);
                 }
                 Ok(Begin::Start(conversion)) => break conversion,
             }
@@ -279,15 +324,18 @@ impl PrivateMemory {
         }
         let mut state = self.lock();
         let outcome = state.kinds.finish(conversion);
-        state.log.add(cause, *request, &outcome, began.elapsed());
+        let failed = error.map(|error| ConvertError::Failed {
+            request: *request,
+            outcome: Box::new(outcome.clone()),
+            error,
+        });
+        state.log.add(cause, *request, outcome, began.elapsed());
+        let is_awaited = state.waiting > 0;
         drop(state);
-        self.over.notify_all();
-        match error {
-            None => Ok(()),
-            Some(error) => {
-                Err(ConvertError::Failed { request: *request, outcome: Box::new(outcome), error })
-            }
+        if is_awaited {
+            self.over.notify_all();
         }
+        failed.map_or(Ok(()), Err)
     }
 
     fn perform(&self, step: &Step) -> io::Result<()> {
@@ -325,8 +373,8 @@ impl PrivateMemory {
         i64::from(-errno).cast_unsigned()
     }
 
-    /// For benchmarks, the floor of all conversions: from now on hypercalls are
-    /// answered by the back-end's bare calls, with no rules, no log, and nothing known
+    /// For benchmarks, the floor of all conversions: from now on hypercalls, and
+    /// accesses that ask for conversions, are answered by the back-end's bare calls, with no rules, no log, and nothing known
     /// of kinds. Such a VM is good for nothing else any more.
     pub fn answer_by_bare_calls(&self) {
         self.bare.store(true, Ordering::Relaxed);
@@ -344,12 +392,18 @@ impl PrivateMemory {
     }
 
     /// Deals with a `KVM_EXIT_MEMORY_FAULT`: an access to these bytes, as to memory
-    /// of that kind.
+    /// of the kind that KVM says.
     ///
     /// # Errors
     ///
     /// [`ConvertError`]: the guest cannot go on.
-    pub fn on_fault(&self, gpa: u64, len: u64, as_: Kind) -> Result<AfterFault, ConvertError> {
+    pub fn on_fault(&self, gpa: u64, len: u64, told: Kind) -> Result<AfterFault, ConvertError> {
+        let (gpa, as_) = self.backend.meant(gpa, told);
+        if self.bare.load(Ordering::Relaxed) && self.intent == Intent::Access {
+            let request = Request { gpa: gpa / PAGE_BYTES * PAGE_BYTES, len: PAGE_BYTES, to: as_ };
+            let failed = self.bare_calls(&request) != 0;
+            return if failed { Err(ConvertError::Closed { gpa }) } else { Ok(AfterFault::Enter) };
+        }
         let answer = self.lock().kinds.on_fault(gpa / PAGE_BYTES, as_);
         match answer {
             FaultAnswer::Outside => return Ok(AfterFault::Outside),
@@ -371,8 +425,16 @@ impl PrivateMemory {
         let mut state = self.lock();
         state.log.retried();
         while state.kinds.on_fault(page, as_) == FaultAnswer::Busy {
-            state = self.over.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state);
         }
+    }
+
+    /// Sleeps until some conversion is over.
+    fn wait<'a>(&'a self, mut state: MutexGuard<'a, Kept>) -> MutexGuard<'a, Kept> {
+        state.waiting += 1;
+        let mut state = self.over.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        state
     }
 
     /// The kind of the page at a gpa; `None` if it cannot be converted.

@@ -185,3 +185,32 @@ fn threads_that_convert_the_same_pages_take_turns() {
     let stats = memory.stats();
     assert_eq!((stats.host + stats.implicit >= 2000, stats.undone, stats.stands), (true, 0, 0));
 }
+
+/// A fake's step takes a while: whoever holds conversions sees none of them half-way.
+#[test]
+fn while_conversions_are_held_none_goes_on() {
+    let (fake, memory) = memory(Intent::Access);
+    let begun = |fake: &Fake| fake.calls.lock().expect("no panic").len();
+    thread::scope(|scope| {
+        for thread in 0..3u64 {
+            let memory = &memory;
+            scope.spawn(move || {
+                for i in 0..100u64 {
+                    let to = if i % 2 == 0 { Kind::Private } else { Kind::Shared };
+                    let first = thread * 16;
+                    memory.convert(&asked(first..first + 8, to), Cause::Host).expect("it can");
+                }
+            });
+        }
+        for _ in 0..40 {
+            let held = memory.hold();
+            let (calls, kinds) = (begun(&fake), memory.private_ranges());
+            (0..5).for_each(|_| thread::yield_now());
+            assert_eq!(fake.at_work.load(Ordering::SeqCst), 0, "a step is carried out");
+            assert_eq!((begun(&fake), memory.private_ranges()), (calls, kinds));
+            drop(held);
+            thread::yield_now();
+        }
+    });
+    assert_eq!(memory.stats().host, 300, "each goes on afterwards");
+}
