@@ -37,6 +37,34 @@ fn a_guest_converts_its_pages_and_finds_every_byte() {
     }
 }
 
+/// What is logged comes to the page, with what it was and what came of it.
+#[test]
+fn the_log_of_conversions_is_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let [log, html] = ["log.json", "log.html"].map(|name| dir.path().join(name));
+    let (log, html) = (log.to_str().unwrap(), html.to_str().unwrap());
+    let more = ["16M", "--conversions", "30", "--json", "--private-memory=in-place"];
+    let run = [&RUN[..], &more, &["--conversions-json", log]].concat();
+    if json(&run).is_none() {
+        return;
+    }
+    let logged: Value = serde_json::from_slice(&std::fs::read(log).unwrap()).unwrap();
+    let latest = logged["latest"].as_array().unwrap();
+    assert_eq!(logged["explicit"], 30, "{logged:#}");
+    assert!(!latest.is_empty() && latest.iter().all(|each| each["outcome"] == "done"));
+    let reported = json(&["report", html, "--conversions-json", log, "--json"]).unwrap();
+    assert_eq!(reported["conversions"], latest.len());
+    let page = std::fs::read_to_string(html).unwrap();
+    assert!(page.contains("30 conversions were asked for by hypercalls"), "{page}");
+    assert_eq!(page.matches("<td>hypercall<td>0x").count(), latest.len());
+
+    std::fs::write(log, "{\"latest\": []}").unwrap();
+    let refused = vmpager(&["report", html, "--conversions-json", log]);
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{error}");
+    assert!(error.contains("no JSON of conversions") && error.contains("vm run"), "{error}");
+}
+
 #[test]
 fn a_range_of_sizes_is_measured_against_the_bare_calls() {
     let args = ["bench", "convert", "--conversions", "4", "--rounds", "1", "--json"];
@@ -45,7 +73,7 @@ fn a_range_of_sizes_is_measured_against_the_bare_calls() {
     let sizes: Vec<_> = rows.iter().take(5).map(|row| row["bytes"].as_u64().unwrap()).collect();
     assert_eq!(sizes, [4096, 65_536, 524_288, 2 << 20, (2 << 20) + 4096]);
     for row in rows {
-        for key in ["explicit_us", "bare_us", "ratio_bare", "others_p99_us", "ratio_others"] {
+        for key in ["conversion_us", "bare_us", "ratio_bare", "others_p99_us", "ratio_others"] {
             assert!(row[key].as_f64().is_some_and(|number| number > 0.0), "{key}: {row}");
         }
     }

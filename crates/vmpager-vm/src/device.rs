@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vmpager_sys::memory::Mapping;
 
 use crate::error::VmError;
-use crate::kvm::{Command, Parameters};
+use crate::kvm::{Command, Gate, Parameters};
 use crate::layout::{DEVICE_GPA, Layout};
 use crate::parallel::split;
 use crate::private::Op;
@@ -23,10 +23,12 @@ pub(crate) struct Device {
     /// Bytes of the order, of the stalls, and of the tags.
     table_bytes: usize,
     sums: u64,
+    /// How far above its address a shared page has another; 0 if it has none.
+    shared_at: u64,
 }
 
 impl Device {
-    pub(crate) fn new(layout: &Layout, converts: bool) -> Result<Self, VmError> {
+    pub(crate) fn new(layout: &Layout, converts: bool, shared_at: u64) -> Result<Self, VmError> {
         let vcpus = to_usize(layout.vcpus);
         let table_bytes = (to_usize(layout.memory_pages) * 4).next_multiple_of(PAGE_BYTES);
         let most_ops = if converts { vcpus * OPS } else { 0 };
@@ -35,11 +37,18 @@ impl Device {
         let mapping = Mapping::anonymous(len)
             .map_err(|error| VmError::Memory { bytes: len as u64, error })?;
         let sums = layout.sum_of(0);
-        Ok(Self { mapping: Arc::new(mapping), vcpus, table_bytes, sums })
+        Ok(Self { mapping: Arc::new(mapping), vcpus, table_bytes, sums, shared_at })
     }
 
     pub(crate) fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
+    }
+
+    /// What all commands need.
+    fn parameters(&self) -> Parameters {
+        let (sums, shared_at) = (self.sums, self.shared_at);
+        let tags = DEVICE_GPA + self.tag_at(0) as u64;
+        Parameters { sums, tags, shared_at, ..Parameters::default() }
     }
 
     /// Asks every vCPU for the checksums of its part of the pages.
@@ -49,8 +58,7 @@ impl Device {
                 command: Command::Prepare as u64,
                 first: part.start,
                 count: part.end - part.start,
-                sums: self.sums,
-                ..Parameters::default()
+                ..self.parameters()
             };
             parameters.store(&self.mapping, vcpu);
         }
@@ -72,9 +80,8 @@ impl Device {
                 count: part.end - part.start,
                 order: DEVICE_GPA + self.order_at(first) as u64,
                 stalls: DEVICE_GPA + self.stalls_at(first) as u64,
-                sums: self.sums,
                 write_every,
-                ..Parameters::default()
+                ..self.parameters()
             };
             parameters.store(&self.mapping, vcpu);
         }
@@ -82,7 +89,7 @@ impl Device {
     }
 
     /// Asks every vCPU for its conversions, in its part of the pages.
-    pub(crate) fn ask_convert(&self, parts: &[(Range<u64>, Vec<Op>)], preserves: bool, gate: u64) {
+    pub(crate) fn ask_convert(&self, parts: &[(Range<u64>, Vec<Op>)], preserves: bool, gate: Gate) {
         for (vcpu, (area, ops)) in parts.iter().enumerate() {
             let at = self.ops_at(vcpu * OPS);
             for (op, at) in ops.iter().take(OPS).zip((at..).step_by(OP_BYTES)) {
@@ -95,10 +102,9 @@ impl Device {
                 end: area.end,
                 count: ops.len().min(OPS) as u64,
                 ops: DEVICE_GPA + at as u64,
-                tags: DEVICE_GPA + self.tag_at(0) as u64,
                 preserves: preserves.into(),
-                gate,
-                ..Parameters::default()
+                gate: gate as u64,
+                ..self.parameters()
             };
             parameters.store(&self.mapping, vcpu);
         }

@@ -14,7 +14,8 @@
 //! ```
 //!
 //! All of it is in the snapshot, so that a restored guest misses its code, its
-//! page tables and its stack as a real one does. What the host writes before a
+//! page tables and its stack as a real one does. All of memory is mapped a second
+//! time from [`SHARED_GPA`] on, where some VMs have its shared pages. What the host writes before a
 //! run (parameters, order, results) is in the device memory at
 //! [`DEVICE_GPA`], which is always present and no part of the snapshot.
 
@@ -22,12 +23,16 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::to_usize;
 use crate::error::VmError;
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
 /// Where the device memory starts; also the limit of guest memory. Within 36
 /// bits, which every x86-64 processor has.
 pub(crate) const DEVICE_GPA: u64 = 32 << 30;
+/// Where memory is again, in VMs whose guest says by the address which kind of page
+/// it means: there it means shared ones. It takes 37 bits.
+pub(crate) const SHARED_GPA: u64 = 64 << 30;
 pub(crate) const MAX_VCPUS: u64 = 64;
 const MIN_MEMORY: u64 = 4 << 20;
 /// Guest page tables map 2 MiB at a time, and so does hugetlb memory.
@@ -150,6 +155,9 @@ impl Layout {
                     entries.push(0);
                 }
                 entries.push((device_directory * PAGE_SIZE) | TABLE);
+                entries.resize(to_usize(SHARED_GPA / GIB), 0);
+                let shared = (0..device_directory - FIRST_DIRECTORY).map(|i| i * GIB);
+                entries.extend(shared.map(|base| (SHARED_GPA + base) | LARGE));
                 entries
             }
             _ if page == device_directory => large_pages(DEVICE_GPA),
@@ -194,6 +202,8 @@ mod tests {
         assert_eq!(largest.clone().with_content_pages(room).unwrap(), largest);
     }
 
+    const LARGE_BIT: u64 = 1 << 7;
+
     #[test]
     fn every_page_of_memory_and_of_the_device_is_mapped_once() {
         let layout = Layout::new(3 * GIB + LARGE_PAGE, 2).unwrap();
@@ -203,7 +213,11 @@ mod tests {
             bytes.as_chunks::<8>().0.iter().map(|w| u64::from_le_bytes(*w)).collect::<Vec<_>>()
         };
         let mut mapped = Vec::new();
-        for (i, entry) in (0..).zip(words(PDPT)).filter(|(_, e)| *e != 0) {
+        let (tables, shared): (Vec<_>, Vec<_>) = (0..)
+            .zip(words(PDPT))
+            .filter(|(_, entry)| *entry != 0)
+            .partition(|(_, entry)| entry & LARGE_BIT == 0);
+        for (i, entry) in tables {
             for (j, leaf) in (0..).zip(words(entry >> 12)).filter(|(_, e)| *e != 0) {
                 assert_eq!(leaf & !0xfff, i * GIB + j * LARGE_PAGE, "identity");
                 mapped.push(leaf & !0xfff);
@@ -212,5 +226,7 @@ mod tests {
         assert_eq!(mapped.len(), 3 * 512 + 1 + 512);
         assert_eq!(mapped[3 * 512], 3 * GIB);
         assert_eq!(mapped[3 * 512 + 1], DEVICE_GPA);
+        let shared: Vec<u64> = shared.into_iter().map(|(_, entry)| entry & !0xfff).collect();
+        assert_eq!(shared, [0, 1, 2, 3].map(|i| SHARED_GPA + i * GIB), "once more");
     }
 }

@@ -135,9 +135,9 @@ impl GuestMemory {
         }
     }
 
-    /// The same, of a memfd of which `parts` has the host's view.
-    pub(crate) fn protected(mut self, memfd: OwnedFd, parts: PrivateParts) -> Self {
-        (self.memfd, self.private) = (Some(memfd), Some(parts));
+    /// The same, of a memfd or guest_memfd of which `parts` has the host's view.
+    pub(crate) fn protected(mut self, memfd: Option<OwnedFd>, parts: PrivateParts) -> Self {
+        (self.memfd, self.private) = (memfd, Some(parts));
         self
     }
 

@@ -1,7 +1,7 @@
 //! VMs whose memory can be private to the guest.
 
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,8 @@ use vmpager_sys::memory::Mapping;
 use crate::PAGE_SIZE;
 use crate::device::to_usize;
 use crate::error::VmError;
+use crate::kvm::OwnGuestMemfd;
+use crate::layout::SHARED_GPA;
 use crate::memory::{GuestMemory, Memslot};
 
 /// Where private pages are.
@@ -26,6 +28,11 @@ pub enum PrivateBackend {
     GuestMemfd,
     /// Where they were, and in none of the host's mappings but the vCPUs'.
     InPlace,
+    /// The same, in a guest_memfd that the host can map: from Linux 6.18 on.
+    MappedGuestMemfd,
+    /// In place, in a software-protected VM whose guest says by the address which
+    /// kind it means: its accesses ask for conversions, too.
+    ByAddress,
 }
 
 /// Memory that can be private to the guest.
@@ -45,6 +52,15 @@ pub(crate) struct PrivateParts {
     pub(crate) ranges: Vec<Range<u64>>,
     /// The host's view, which loses private pages if they stay in place.
     pub(crate) view: Arc<Mapping>,
+    /// What it is in, if that is a guest_memfd.
+    pub(crate) guest_memfd: Option<Arc<OwnGuestMemfd>>,
+}
+
+impl PrivateParts {
+    /// How far above its address a shared page has another; 0 if it has none.
+    pub(crate) fn shared_at(&self) -> u64 {
+        if self.config.backend == PrivateBackend::ByAddress { SHARED_GPA } else { 0 }
+    }
 }
 
 impl GuestMemory {
@@ -55,15 +71,31 @@ impl GuestMemory {
         config: PrivateConfig,
         ranges: Vec<Range<u64>>,
     ) -> Result<Self, VmError> {
-        let map = || {
-            let memfd = memfd::sealed("guest-memory", bytes)?;
-            let mapping = Mapping::file_shared(memfd.as_fd(), to_usize(bytes))?;
-            let view = Mapping::file_shared(memfd.as_fd(), to_usize(bytes))?;
-            Ok((memfd, mapping, view))
+        let failed = |error| VmError::Memory { bytes, error };
+        let map = |file: BorrowedFd<'_>| Mapping::file_shared(file, to_usize(bytes));
+        let parts = |view: Mapping, guest_memfd| {
+            let view = Arc::new(view);
+            PrivateParts { config, ranges, view, guest_memfd }
         };
-        let (memfd, mapping, view) = map().map_err(|error| VmError::Memory { bytes, error })?;
-        let parts = PrivateParts { config, ranges, view: Arc::new(view) };
-        Ok(Self::new(Arc::new(mapping), slots).protected(memfd, parts))
+        if config.backend == PrivateBackend::MappedGuestMemfd {
+            let own = OwnGuestMemfd::new(bytes)?;
+            let mapping = Arc::new(map(own.fd.as_fd()).map_err(failed)?);
+            let view = map(own.fd.as_fd()).map_err(failed)?;
+            return Ok(Self::new(mapping, slots).protected(None, parts(view, Some(Arc::new(own)))));
+        }
+        let memfd = memfd::sealed("guest-memory", bytes).map_err(failed)?;
+        let mapping = Arc::new(map(memfd.as_fd()).map_err(failed)?);
+        let view = map(memfd.as_fd()).map_err(failed)?;
+        Ok(Self::new(mapping, slots).protected(Some(memfd), parts(view, None)))
+    }
+
+    /// The same, these pages private from the start too, what they hold included, if
+    /// the guest says by the address which kind it means: it begins in them.
+    pub(crate) fn owned(mut self, pages: Range<u64>) -> Self {
+        if let Some(parts) = self.private.as_mut().filter(|parts| parts.shared_at() != 0) {
+            parts.ranges.push(pages.start * PAGE_SIZE..pages.end * PAGE_SIZE);
+        }
+        self
     }
 
     /// Where its memslots are in the mapping.
@@ -138,6 +170,9 @@ pub struct ConvertWorkload {
     pub seed: u64,
     /// Numbers of pages of which each conversion has one, by chance.
     pub sizes: Vec<u64>,
+    /// Whether the guest asks by touching pages as what they are to become, page by
+    /// page, instead of by hypercalls; for [`PrivateBackend::ByAddress`].
+    pub implicit: bool,
     /// Instead of by chance, range after range, each made private and shared again:
     /// for benchmarks.
     pub to_and_fro: bool,
@@ -150,6 +185,7 @@ impl Default for ConvertWorkload {
             conversions: 64,
             seed: 1,
             sizes: vec![1, 1, 1, 1, 2, 2, 3, 8, 16, 64, 512, 513],
+            implicit: false,
             to_and_fro: false,
         }
     }

@@ -25,7 +25,7 @@ use crate::bringer::Oracle;
 use crate::device::to_usize;
 use crate::error::VmError;
 use crate::memory::{GuestMemory, Memslot, Served};
-use crate::private::PrivateConfig;
+use crate::private::{PrivateBackend, PrivateConfig};
 use crate::snapshot::Snapshot;
 
 /// How a vCPU's fault on a missing page is learned of.
@@ -125,8 +125,8 @@ impl GuestMemory {
         from: RestoreMemory,
         private: Option<PrivateConfig>,
     ) -> Result<Self, VmError> {
-        if private.is_some() {
-            can_be_private(&from)?;
+        if let Some(private) = private {
+            can_be_private(&from, private.backend)?;
         }
         let bytes = snapshot.memory_bytes();
         let len = to_usize(bytes);
@@ -246,8 +246,14 @@ impl GuestMemory {
 
 /// Private pages need memory that the host can have a second view of, and whose
 /// pages can be given back.
-fn can_be_private(from: &RestoreMemory) -> Result<(), VmError> {
+fn can_be_private(from: &RestoreMemory, backend: PrivateBackend) -> Result<(), VmError> {
     let problem = match from {
+        RestoreMemory::OnDemand { .. } | RestoreMemory::InProcess(_)
+            if backend == PrivateBackend::MappedGuestMemfd =>
+        {
+            "vCPUs take missing pages of a guest_memfd as zeroes, and no userfaultfd is told: \
+             restore it eagerly, or keep private pages in place"
+        }
         RestoreMemory::Eager
         | RestoreMemory::OnDemand { huge_pages: false, .. }
         | RestoreMemory::InProcess(InProcess { delivery: Delivery::Userfaultfd, .. }) => {

@@ -21,7 +21,7 @@ use crate::kvm::{self, Builtin, Parts};
 use crate::layout::{DEVICE_GPA, Layout};
 use crate::memory::{GuestMemory, Memslot};
 use crate::parallel::{in_parallel, split};
-use crate::private::{PrivateBackend, PrivateConfig, PrivateState};
+use crate::private::{PrivateBackend, PrivateConfig, PrivateParts, PrivateState};
 use crate::report::{HostReport, RunReport};
 use crate::restore::RestoreMemory;
 use crate::snapshot::{Snapshot, SnapshotPaths};
@@ -194,7 +194,9 @@ impl Vm {
         cpu: Cpu,
         start: Start<'_>,
     ) -> Result<Self, VmError> {
-        let device = Device::new(&layout, memory.private.is_some())?;
+        let memory = memory.owned(0..layout.first);
+        let shared_at = memory.private.as_ref().map_or(0, PrivateParts::shared_at);
+        let device = Device::new(&layout, memory.private.is_some(), shared_at)?;
         let machine = match cpu {
             Cpu::Threads if memory.private.is_some() => {
                 return Err(VmError::NotPrivate {
@@ -216,7 +218,13 @@ impl Vm {
                 }
             }
         };
-        Ok(Self { machine, memory, device, layout, seed, is_prepared: false, is_tagged: false })
+        let (is_prepared, is_tagged) = (false, false);
+        let mut vm = Self { machine, memory, device, layout, seed, is_prepared, is_tagged };
+        if let Some(private) = vm.private().cloned() {
+            vm.tag_kinds(&private);
+            vm.is_tagged = false;
+        }
+        Ok(vm)
     }
 
     /// Lets the guest compute the checksum of every page, against which it
@@ -248,6 +256,9 @@ impl Vm {
             return Err(VmError::NotPrepared);
         }
         let cpu = self.cpu();
+        // Nobody's conversions come between kinds and contents.
+        let private_memory = self.private().cloned();
+        let _held = private_memory.as_ref().map(|private| private.hold());
         let private = self.private().map(|private| PrivateState::save(private)).transpose()?;
         let kvm = self.machine.as_mut().map(Builtin::save).transpose()?;
         let layout = self.layout.clone();
@@ -332,10 +343,12 @@ impl Vm {
         let private = self.private().map(|private| private.private_ranges());
         let is_private = in_ranges(private.unwrap_or_default());
         (0..self.layout.end).for_each(|page| self.memory.bring(to_usize(page * PAGE_SIZE)));
+        // Its own structures may be private.
+        let own = &self.memory.mapping;
         let fixed = self.layout.fixed_pages(kvm::code());
         let mut wrong: Vec<u64> = (0..)
             .zip(&fixed)
-            .filter(|(page, bytes)| threads::checksum_at(memory, *page) != checksum(bytes))
+            .filter(|(page, bytes)| threads::checksum_at(own, *page) != checksum(bytes))
             .map(|(page, _)| page)
             .collect();
         let layout = &self.layout;
@@ -344,7 +357,7 @@ impl Vm {
         let parts = in_parallel(pages.clone(), |part| {
             let mut bytes = [0; PAGE_BYTES];
             let is_wrong = |page: &u64| {
-                let in_table = memory.read_u64(to_usize(layout.sum_of(*page)));
+                let in_table = own.read_u64(to_usize(layout.sum_of(*page)));
                 let generated = contents.map(|contents| {
                     contents.fill(*page, &mut bytes);
                     checksum(&bytes)

@@ -9,6 +9,8 @@ use std::time::Instant;
 
 use common::config;
 use tempfile::TempDir;
+use vmpager::core::convert::{Kind, Request};
+use vmpager_kvm::private::Cause;
 use vmpager_vm::{
     ConvertReport, ConvertWorkload, ConvertedContents, Cpu, Delivery, ExitMechanism, InProcess,
     PrivateBackend, PrivateConfig, RestoreMemory, SnapshotPaths, Vm, VmConfig, VmError, Workload,
@@ -131,6 +133,38 @@ fn a_saved_vm_has_each_page_of_its_kind_again() {
     }
 }
 
+/// Conversions go on while the VM is saved: each page comes back as it was before its
+/// conversion, or after it, kind and contents.
+#[test]
+fn a_vm_saved_amid_conversions_is_that_of_one_moment() {
+    const PAGES: u64 = 256;
+    const WORD: u64 = 0x0123_4567_89ab_cdef;
+    let Some(mut vm) = build(PrivateBackend::InPlace, ConvertedContents::Zero, 1) else { return };
+    vm.prepare().unwrap();
+    let (private, memory) = (vm.private().unwrap().clone(), vm.memory().clone());
+    let first = u64::try_from(memory.len()).unwrap() - PAGES * 4096;
+    let pages = || (0..PAGES).map(|page| first + page * 4096);
+    let at = |gpa: u64| usize::try_from(gpa).unwrap();
+    let convert = |gpa, len, to| private.convert(&Request { gpa, len, to }, Cause::Host).unwrap();
+    for _ in 0..3 {
+        convert(first, PAGES * 4096, Kind::Private);
+        pages().for_each(|gpa| memory.write_u64(at(gpa), WORD));
+        let dir = TempDir::new().unwrap();
+        let paths = SnapshotPaths::in_dir(dir.path());
+        let snapshot = std::thread::scope(|scope| {
+            scope.spawn(|| pages().for_each(|gpa| convert(gpa, 4096, Kind::Shared)));
+            vm.snapshot(&paths).unwrap()
+        });
+        assert_eq!(private.private_ranges(), [], "all are converted in the end");
+        let restored = Vm::restore(&snapshot, RestoreMemory::Eager, Cpu::Kvm).unwrap();
+        let kinds = restored.private().unwrap();
+        for gpa in pages() {
+            let expected = if kinds.kind(gpa) == Some(Kind::Private) { WORD } else { 0 };
+            assert_eq!(restored.memory().read_u64(at(gpa)), expected, "gpa {gpa:#x}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_private_is_refused_with_the_reason() {
     let Some(mut vm) = build(PrivateBackend::InPlace, ConvertedContents::Zero, 1) else { return };
@@ -185,7 +219,7 @@ fn a_wrong_byte_is_found() {
     };
     convert(&mut vm, 200, 6);
     let private = vm.private().unwrap().clone();
-    let is_private = |gpa| private.kind(gpa) == Some(vmpager::core::convert::Kind::Private);
+    let is_private = |gpa| private.kind(gpa) == Some(Kind::Private);
     let some_page = private.private_ranges()[0].start;
     let page = usize::try_from(some_page).unwrap();
     let word = vm.memory().read_u64(page + 8);

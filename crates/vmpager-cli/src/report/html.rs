@@ -6,6 +6,7 @@ use std::path::Path;
 use vmpager::{EndReason, SessionSummary};
 use vmpager_store::profile::Profile;
 
+use super::conversions::Conversions;
 use super::picture::{Part, parts, stalls};
 use crate::image::shown;
 use crate::output::escape;
@@ -28,6 +29,7 @@ pub(super) fn page(
     sessions: &[SessionSummary],
     left_out: usize,
     profile: Option<(&Profile, &Path)>,
+    conversions: Option<&Conversions>,
 ) -> String {
     let mut page = String::from(HEAD);
     let version = env!("CARGO_PKG_VERSION");
@@ -40,6 +42,9 @@ pub(super) fn page(
     }
     for session in sessions {
         of_session(session, &mut page);
+    }
+    if let Some(conversions) = conversions {
+        conversions.section(&mut page);
     }
     page.push_str("</body>\n</html>\n");
     page

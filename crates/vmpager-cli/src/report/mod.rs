@@ -1,5 +1,6 @@
 //! `vmpager report`: a run as a picture, in one file that needs nothing else.
 
+pub(crate) mod conversions;
 mod html;
 mod picture;
 
@@ -8,9 +9,12 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmpager::SessionSummary;
 use vmpager_store::profile::Profile;
+
+use conversions::Conversions;
 
 use crate::image::{shown, write_file};
 use crate::{output, size};
@@ -26,7 +30,10 @@ use crate::{output, size};
     vmpager report now.html --metrics-json now.json\n\n\
     The page holds its pictures itself, runs no script and loads nothing. It shows, for\n\
     each session, how long somebody waited for pages, what is in place and what brought\n\
-    it, and what a profile spared; of a profile, which addresses were touched when.")]
+    it, and what a profile spared; of a profile, which addresses were touched when; of a\n\
+    VM with private memory, which ranges were converted, by whom, and what came of it:\n  \
+    vmpager vm run --guest builtin --private-memory --conversions-json log.json\n  \
+    vmpager report log.html --conversions-json log.json")]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
 pub(crate) struct ReportArgs {
     /// The HTML file to write.
@@ -39,6 +46,10 @@ pub(crate) struct ReportArgs {
     /// What guests touched, and when (`vmpager serve --record`).
     #[arg(long, value_name = "PROFILE", group = "what")]
     profile: Option<PathBuf>,
+    /// Conversions between private and shared memory (`vmpager vm run
+    /// --conversions-json`).
+    #[arg(long, value_name = "FILE", group = "what")]
+    conversions_json: Option<PathBuf>,
     /// Only the session of this number.
     #[arg(long, value_name = "N", requires = "metrics_json")]
     session: Option<u64>,
@@ -66,11 +77,15 @@ struct Outcome<'a> {
     sessions: usize,
     sessions_left_out: usize,
     profile_pages: Option<usize>,
+    conversions: Option<usize>,
 }
 
 pub(crate) fn run(args: &ReportArgs) -> anyhow::Result<()> {
     let mut sessions = match &args.metrics_json {
-        Some(path) => read(path)?,
+        Some(path) => {
+            read::<Sessions>(path, "sessions; give what `vmpager serve --metrics-json` keeps")?
+                .sessions
+        }
         None => Vec::new(),
     };
     if let (Some(session), Some(path)) = (args.session, &args.metrics_json) {
@@ -85,7 +100,15 @@ pub(crate) fn run(args: &ReportArgs) -> anyhow::Result<()> {
         Some(path) => Some((Profile::open(path)?, path.as_path())),
         None => None,
     };
-    let page = html::page(&sessions, left_out, profile.as_ref().map(|(it, path)| (it, *path)));
+    let conversions = match &args.conversions_json {
+        Some(path) => Some(read::<Conversions>(
+            path,
+            "conversions; give what `vmpager vm run --conversions-json` writes",
+        )?),
+        None => None,
+    };
+    let of_profile = profile.as_ref().map(|(it, path)| (it, *path));
+    let page = html::page(&sessions, left_out, of_profile, conversions.as_ref());
     write_file(&args.html, &page)?;
     let outcome = Outcome {
         html: &args.html,
@@ -93,6 +116,7 @@ pub(crate) fn run(args: &ReportArgs) -> anyhow::Result<()> {
         sessions: sessions.len(),
         sessions_left_out: left_out,
         profile_pages: profile.as_ref().map(|(profile, _)| profile.pages().len()),
+        conversions: conversions.as_ref().map(Conversions::len),
     };
     if args.json {
         return output::json(&outcome);
@@ -101,7 +125,8 @@ pub(crate) fn run(args: &ReportArgs) -> anyhow::Result<()> {
     output::line(&format!("{}: {what}, {}", shown(&args.html), size::show(outcome.bytes)))
 }
 
-fn read(path: &Path) -> anyhow::Result<Vec<SessionSummary>> {
+/// What a file of JSON has, which should be `what`.
+fn read<T: DeserializeOwned>(path: &Path, what: &str) -> anyhow::Result<T> {
     let read = || {
         let mut text = Vec::new();
         File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut text)?;
@@ -109,13 +134,8 @@ fn read(path: &Path) -> anyhow::Result<Vec<SessionSummary>> {
     };
     let text = read().with_context(|| format!("reading {}", shown(path)))?;
     if text.len() as u64 > MAX_FILE {
-        bail!("{}: it has more than {}; is it sessions?", shown(path), size::show(MAX_FILE));
+        bail!("{}: it has more than {}; is it a report's?", shown(path), size::show(MAX_FILE));
     }
-    let sessions: Sessions = serde_json::from_slice(&text).with_context(|| {
-        format!(
-            "{}: this is no JSON of sessions; give what `vmpager serve --metrics-json` keeps",
-            shown(path)
-        )
-    })?;
-    Ok(sessions.sessions)
+    serde_json::from_slice(&text)
+        .with_context(|| format!("{}: this is no JSON of {what}", shown(path)))
 }

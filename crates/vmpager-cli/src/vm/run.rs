@@ -15,6 +15,7 @@ use vmpager_vm::{
 use super::control::ControlSocket;
 use super::outcome::{EXIT_STATUS, show_vcpus, since};
 use super::session::{self, Session};
+use crate::report::conversions::Conversions;
 use crate::vm_process::{cpu_name, millis};
 use crate::{output, size};
 
@@ -67,6 +68,9 @@ pub(crate) struct RunArgs {
     /// Keep what pages hold when they are converted; else they become zeroes.
     #[arg(long, requires = "private_memory")]
     preserve: bool,
+    /// Write the log of conversions here, as JSON (see `vmpager report`).
+    #[arg(long, value_name = "FILE", requires = "private_memory")]
+    conversions_json: Option<PathBuf>,
     /// Listen here for `vm snapshot`, pause, resume, status and quit.
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
@@ -91,6 +95,11 @@ enum PrivatePlace {
     GuestMemfd,
     /// Where they were, and in none of the host's mappings but the vCPUs'.
     InPlace,
+    /// The same, in a guest_memfd that the host can map.
+    MappedGuestMemfd,
+    /// In place, in a software-protected VM whose guest converts pages by touching
+    /// them as what they are to become.
+    ByAddress,
 }
 
 impl PrivatePlace {
@@ -99,6 +108,8 @@ impl PrivatePlace {
             Self::Auto => PrivateBackend::Auto,
             Self::GuestMemfd => PrivateBackend::GuestMemfd,
             Self::InPlace => PrivateBackend::InPlace,
+            Self::MappedGuestMemfd => PrivateBackend::MappedGuestMemfd,
+            Self::ByAddress => PrivateBackend::ByAddress,
         };
         let contents = if preserve { ConvertedContents::Preserve } else { ConvertedContents::Zero };
         PrivateConfig { backend, contents }
@@ -156,6 +167,8 @@ struct ConversionSummary {
     /// Conversions that waited for others, and faults that were tried again.
     waited: u64,
     retried: u64,
+    /// Conversions that accesses asked for.
+    implicit: u64,
     private_pages: u64,
     /// Pages in which the guest found a wrong byte.
     mismatches: u64,
@@ -165,8 +178,11 @@ struct ConversionSummary {
 }
 
 fn convert(args: &RunArgs, vm: &mut Vm) -> anyhow::Result<ConversionSummary> {
-    let mut workload =
-        ConvertWorkload { conversions: args.conversions, ..ConvertWorkload::default() };
+    let mut workload = ConvertWorkload {
+        conversions: args.conversions,
+        implicit: matches!(args.private_memory, Some(PrivatePlace::ByAddress)),
+        ..ConvertWorkload::default()
+    };
     workload.sizes.retain(|pages| *pages <= args.most_pages);
     let ConvertReport {
         conversions,
@@ -178,6 +194,10 @@ fn convert(args: &RunArgs, vm: &mut Vm) -> anyhow::Result<ConversionSummary> {
         ..
     } = vm.convert(&workload)?;
     let private = vm.private().context("private memory")?;
+    if let Some(path) = &args.conversions_json {
+        let log = serde_json::to_vec_pretty(&Conversions::of(private))?;
+        output::replace_file(path, &log)?;
+    }
     let stats = private.stats();
     Ok(ConversionSummary {
         backend: private.backend(),
@@ -187,6 +207,7 @@ fn convert(args: &RunArgs, vm: &mut Vm) -> anyhow::Result<ConversionSummary> {
         to_shared_pages: stats.shared_pages,
         waited: stats.waited,
         retried: stats.retried,
+        implicit: stats.implicit,
         private_pages,
         mismatches,
         host_pages,

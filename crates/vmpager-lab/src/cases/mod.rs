@@ -154,6 +154,7 @@ pub(crate) const ALL: &[Case] = &[
         private::restored_lazily_pages_are_converted,
     ),
     case("host", "pages_are_converted_in_place", 120, private::pages_are_converted_in_place),
+    case("host", "pages_are_converted_by_accesses", 120, private::pages_are_converted_by_accesses),
     case("apf", "saved_with_tasks_asleep_it_goes_on", 120, apf::saved_with_tasks_asleep_it_goes_on),
     case(
         "apf",

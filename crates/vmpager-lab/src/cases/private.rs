@@ -8,7 +8,7 @@ use serde_json::Value;
 use vmpager_kvm::probe;
 use vmpager_vm::{
     ConvertWorkload, Cpu, InProcess, PrivateBackend, PrivateConfig, RestoreMemory, SnapshotPaths,
-    Vm, VmConfig, Workload,
+    Vm, VmConfig, VmError, Workload,
 };
 
 use super::Lab;
@@ -43,6 +43,74 @@ pub(super) fn pages_are_converted_to_and_fro(lab: &Lab) -> anyhow::Result<()> {
 pub(super) fn pages_are_converted_in_place(lab: &Lab) -> anyhow::Result<()> {
     converts(lab, "in-place", CONVERSIONS / 2, &[])?;
     converts(lab, "in-place", CONVERSIONS / 2, &["--preserve"])?;
+    in_a_mapped_guest_memfd(lab)
+}
+
+/// Where a guest_memfd can be mapped by the host, private pages can be in place there,
+/// and come back eagerly; elsewhere it is said why not.
+fn in_a_mapped_guest_memfd(lab: &Lab) -> anyhow::Result<()> {
+    let backend = PrivateBackend::MappedGuestMemfd;
+    let flags = probe::GUEST_MEMFD_MMAP | probe::GUEST_MEMFD_INIT_SHARED;
+    if probe::kvm()?.guest_memfd_flags & flags != flags {
+        return refused(backend, "no guest_memfd that the host can map");
+    }
+    converts(lab, "mapped-guest-memfd", CONVERSIONS / 8, &[])?;
+    let mut vm = small_vm(backend)?;
+    convert(&mut vm, 20, 3)?;
+    let snapshot = save(&mut vm)?;
+    let ranges = vm.private().map(|private| private.private_ranges());
+    ensure!(ranges.as_ref().is_some_and(|ranges| !ranges.is_empty()), "none is private");
+    let lazily = RestoreMemory::InProcess(InProcess::default());
+    let told = Vm::restore_with(&snapshot, lazily, Cpu::Kvm, backend).err();
+    let told = told.context("restored lazily")?.to_string();
+    ensure!(told.contains("no userfaultfd is told"), "{told}");
+    let mut restored = Vm::restore_with(&snapshot, RestoreMemory::Eager, Cpu::Kvm, backend)?;
+    let now = restored.private().map(|private| private.private_ranges());
+    ensure!(now == ranges, "{now:?} are private, not {ranges:?}");
+    is_right(&mut restored)
+}
+
+fn refused(backend: PrivateBackend, reason: &str) -> anyhow::Result<()> {
+    let told = small_vm(backend).err().with_context(|| format!("{backend:?} was made"))?;
+    ensure!(told.to_string().contains(reason), "{told}");
+    Ok(())
+}
+
+fn small_vm(backend: PrivateBackend) -> anyhow::Result<Vm> {
+    let private = Some(PrivateConfig { backend, ..PrivateConfig::default() });
+    let config = VmConfig {
+        memory_bytes: 16 << 20,
+        cpu: Cpu::Kvm,
+        vcpus: 2,
+        private,
+        ..VmConfig::default()
+    };
+    Ok(Vm::build(&config)?)
+}
+
+/// Every page, by the guest and by the host.
+fn is_right(vm: &mut Vm) -> anyhow::Result<()> {
+    let report = vm.run(&Workload::default(), Instant::now())?;
+    ensure!(report.mismatches == 0, "{report:?}");
+    let host = vm.verify_from_host();
+    ensure!(host.mismatches == 0, "{host:?}");
+    Ok(())
+}
+
+/// Accesses ask for conversions, page by page, from several vCPUs at once.
+pub(super) fn pages_are_converted_by_accesses(lab: &Lab) -> anyhow::Result<()> {
+    if best_backend()? != "guest_memfd" {
+        return refused(PrivateBackend::ByAddress, "no software-protected VMs");
+    }
+    for more in [&["--most-pages", "16"][..], &["--most-pages", "64", "--preserve"]] {
+        let report = converts(lab, "by-address", CONVERSIONS / 8, more)?;
+        let number = |key: &str| report[key].as_u64().unwrap_or_default();
+        let pages = number("to_private_pages") + number("to_shared_pages");
+        // One for each page that was of the other kind, but for those that are the
+        // guest's own from the start.
+        let own = pages.checked_sub(number("implicit"));
+        ensure!(number("implicit") > 0 && own.is_some_and(|own| own < 64), "{report}");
+    }
     Ok(())
 }
 
@@ -70,16 +138,12 @@ fn converts(lab: &Lab, place: &str, each: u64, more: &[&str]) -> anyhow::Result<
 /// In place, private pages come back as such; a guest_memfd's are shared first.
 pub(super) fn restored_lazily_pages_are_converted(lab: &Lab) -> anyhow::Result<()> {
     run_guests_here(lab)?;
-    for backend in [PrivateBackend::Auto, PrivateBackend::InPlace] {
-        let private = Some(PrivateConfig { backend, ..PrivateConfig::default() });
-        let config = VmConfig {
-            memory_bytes: 16 << 20,
-            cpu: Cpu::Kvm,
-            vcpus: 2,
-            private,
-            ..VmConfig::default()
-        };
-        let mut vm = Vm::build(&config)?;
+    let mut backends = vec![PrivateBackend::Auto, PrivateBackend::InPlace];
+    if best_backend()? == "guest_memfd" {
+        backends.push(PrivateBackend::ByAddress);
+    }
+    for backend in backends {
+        let mut vm = small_vm(backend)?;
         convert(&mut vm, 40, 1)?;
         if vm.private().is_some_and(|private| !private.is_in_place()) {
             let refused = save(&mut vm).err().context("saved what the host cannot read")?;
@@ -97,12 +161,9 @@ pub(super) fn restored_lazily_pages_are_converted(lab: &Lab) -> anyhow::Result<(
             restored.holds_as(&vm);
             convert(&mut restored, 60, 2)?;
             restored.prepare()?;
-            let report = restored.run(&Workload::default(), Instant::now())?;
-            ensure!(report.mismatches == 0, "{report:?}");
-            let host = restored.verify_from_host();
-            ensure!(host.mismatches == 0, "{host:?}");
+            is_right(&mut restored)?;
             let by = restored.private().map_or("nothing", |private| private.backend());
-            println!("{by}, fill {background_fill}: {} pages are right", report.pages);
+            println!("{by}, fill {background_fill}: all pages are right");
         }
     }
     Ok(())
@@ -114,8 +175,21 @@ fn save(vm: &mut Vm) -> anyhow::Result<vmpager_vm::Snapshot> {
 }
 
 fn convert(vm: &mut Vm, conversions: u64, seed: u64) -> anyhow::Result<()> {
-    let workload = ConvertWorkload { conversions, seed, ..ConvertWorkload::default() };
-    let report = vm.convert(&workload)?;
-    ensure!((report.mismatches, report.host_mismatches) == (0, 0), "{report:?}");
+    // By accesses as well, where these can ask.
+    for implicit in [false, true] {
+        let mut workload =
+            ConvertWorkload { conversions, seed, implicit, ..ConvertWorkload::default() };
+        if implicit {
+            // Each page is a fault.
+            workload.sizes.retain(|pages| *pages <= 8);
+        }
+        match vm.convert(&workload) {
+            Err(VmError::NotPrivate { .. }) if implicit => {}
+            report => {
+                let report = report?;
+                ensure!((report.mismatches, report.host_mismatches) == (0, 0), "{report:?}");
+            }
+        }
+    }
     Ok(())
 }

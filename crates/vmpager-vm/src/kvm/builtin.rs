@@ -11,10 +11,9 @@ use vmpager_kvm::probe;
 use vmpager_sys::memory::Mapping;
 
 use super::machine::{Machine, Parts};
+use super::parameters::{Gate, Parameters};
 use super::private::hypercalls_exit;
-use super::program::{
-    CONVERT_PORT, EVENT_DONE, EVENT_PORT, EVENT_STARTED, Gate, Parameters, gate_offset,
-};
+use super::program::{CONVERT_PORT, EVENT_DONE, EVENT_PORT, EVENT_STARTED, gate_offset};
 use super::refused;
 use super::registers::{INTERRUPTS, IOPL_3, initial_regs, initial_sregs, set_gate};
 use super::state::KvmState;
@@ -68,13 +67,13 @@ impl Builtin {
         self.machine.private.as_ref()
     }
 
-    /// How its program asks for conversions.
-    pub(crate) fn gate(&self) -> u64 {
-        self.gate as u64
+    /// How its program asks for conversions, if not by accesses.
+    pub(crate) fn gate(&self) -> Gate {
+        self.gate
     }
 
     #[cfg(test)]
-    pub(super) fn vcpus(&mut self) -> &mut [Vcpu] {
+    pub(crate) fn vcpus(&mut self) -> &mut [Vcpu] {
         &mut self.machine.vcpus
     }
 

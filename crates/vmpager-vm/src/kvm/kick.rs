@@ -52,7 +52,7 @@ impl Kick {
 
     /// Has the vCPU leave the guest as soon as it can, or not enter it, until its
     /// thread [has come](Self::came).
-    pub(super) fn call(&self) {
+    pub(crate) fn call(&self) {
         self.run.write(IMMEDIATE_EXIT, &[1]);
         self.interrupt();
     }

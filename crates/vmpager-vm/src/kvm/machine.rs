@@ -22,6 +22,7 @@ use super::{cpuid, refused};
 use crate::error::VmError;
 use crate::linux::{Entry, INITIAL_MSRS};
 use crate::memory::{GuestMemory, Memslot};
+use crate::private::PrivateParts;
 
 /// What a machine is made of.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +64,11 @@ impl Machine {
             (None, Some(mechanism)) => mechanism.vm_type(&kvm)?,
             (None, None) => 0,
         };
-        let vm = Arc::new(create_vm(&kvm, kind)?);
+        let own = parts.memory.private.as_ref().and_then(|parts| parts.guest_memfd.as_ref());
+        let vm = match own {
+            Some(own) => own.vm.clone(),
+            None => Arc::new(create_vm(&kvm, kind)?),
+        };
         check_capabilities(parts.vcpus, parts.irqchip, |cap| vm.check_extension_int(cap))?;
         let private = private.map(|private| private.set_up(&vm, parts.memory)).transpose()?;
         let memory = add_memory(&vm, parts, private.as_ref())?;
@@ -234,7 +239,11 @@ fn add_memory(
     let device = parts
         .device
         .map(|(gpa, mapping)| (mapping, Memslot { gpa, offset: 0, len: mapping.len() as u64 }));
-    let slots = parts.memory.slots.iter().map(|slot| (memory, *slot)).chain(device);
+    let shared_at = parts.memory.private.as_ref().map_or(0, PrivateParts::shared_at);
+    let again = parts.memory.slots.iter().filter(|_| shared_at != 0);
+    let again = again.map(|slot| Memslot { gpa: slot.gpa + shared_at, ..*slot });
+    let slots = parts.memory.slots.iter().copied().chain(again).map(|slot| (memory, slot));
+    let slots = slots.chain(device);
     for (id, (mapping, slot)) in (0..).zip(slots) {
         let is_memory = Arc::ptr_eq(mapping, memory);
         match private.and_then(Protected::guest_memfd).filter(|_| is_memory) {

@@ -6,6 +6,7 @@ mod builtin;
 mod cpuid;
 mod kick;
 mod machine;
+mod parameters;
 mod private;
 mod program;
 mod registers;
@@ -18,7 +19,9 @@ mod view;
 pub(crate) use builtin::Builtin;
 pub(crate) use kick::Kick;
 pub(crate) use machine::{Machine, Parts};
-pub(crate) use program::{Command, Parameters, code, pattern};
+pub(crate) use parameters::{Command, Gate, Parameters};
+pub(crate) use private::OwnGuestMemfd;
+pub(crate) use program::{code, pattern};
 pub(crate) use state::KvmState;
 #[cfg(test)]
 pub(crate) use state::{Irqchip, Lapic, MachineState, VcpuState};

@@ -11,27 +11,66 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use vmpager::core::convert::{HC_MAP_GPA_RANGE, Kind};
-use vmpager_kvm::private::{AfterFault, Backend, GuestMemfd, InPlace, Intent, PrivateMemory};
+use vmpager_kvm::private::{
+    AfterFault, Backend, ByAddress, GuestMemfd, InPlace, Intent, PrivateMemory,
+};
+use vmpager_kvm::probe::{GUEST_MEMFD_INIT_SHARED, GUEST_MEMFD_MMAP, guest_memfd_flags};
 
+use super::machine::create_vm;
 use super::refused;
 use crate::error::VmError;
+use crate::layout::SHARED_GPA;
 use crate::memory::GuestMemory;
 use crate::private::{PrivateBackend, PrivateConfig};
 
 /// So many faults in a row on one page that is as it should be are the end.
 const FAULTS: u32 = 1000;
 
+/// A guest_memfd that the host can map, and the VM it is for: KVM ties the two.
+#[derive(Debug)]
+pub(crate) struct OwnGuestMemfd {
+    pub(crate) fd: OwnedFd,
+    pub(super) vm: Arc<VmFd>,
+}
+
+impl OwnGuestMemfd {
+    /// Of zeroes, for a VM that has no vCPU yet.
+    pub(crate) fn new(bytes: u64) -> Result<Self, VmError> {
+        let kvm = Kvm::new().map_err(|e| VmError::NoKvm(e.into()))?;
+        let vm = create_vm(&kvm, 0)?;
+        let wanted = GUEST_MEMFD_MMAP | GUEST_MEMFD_INIT_SHARED;
+        if guest_memfd_flags(&vm) & wanted != wanted {
+            return Err(VmError::NotPrivate {
+                problem: "this KVM has no guest_memfd that the host can map (flags MMAP and \
+                          INIT_SHARED, from Linux 6.18 on); use memory in place",
+            });
+        }
+        let fd = create_guest_memfd(&vm, bytes, wanted.into())?;
+        Ok(Self { fd, vm: Arc::new(vm) })
+    }
+}
+
+fn create_guest_memfd(vm: &VmFd, size: u64, flags: u64) -> Result<OwnedFd, VmError> {
+    let wanted = kvm_create_guest_memfd { size, flags, ..Default::default() };
+    let fd = vm.create_guest_memfd(wanted).map_err(refused("create a guest_memfd"))?;
+    // SAFETY: KVM has just made the descriptor, for this process, and nobody
+    // else was told of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// How memory can be private, before there is a VM.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Protection {
     config: PrivateConfig,
-    has_guest_memfd: bool,
+    /// Never [`PrivateBackend::Auto`].
+    backend: PrivateBackend,
 }
 
 /// The same with a VM, whose memory is not yet in memslots.
 #[derive(Debug)]
 pub(super) struct Protected {
     config: PrivateConfig,
+    backend: PrivateBackend,
     guest_memfd: Option<OwnedFd>,
 }
 
@@ -40,27 +79,34 @@ impl Protection {
     pub(super) fn of(kvm: &Kvm, memory: &GuestMemory) -> Result<Option<Self>, VmError> {
         let Some(parts) = &memory.private else { return Ok(None) };
         let answer = |cap: u32| u64::try_from(kvm.check_extension_raw(cap.into())).unwrap_or(0);
-        let has_all = answer(KVM_CAP_VM_TYPES) & (1 << KVM_X86_SW_PROTECTED_VM) != 0
-            && answer(KVM_CAP_MEMORY_ATTRIBUTES) & u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE) != 0
-            && answer(KVM_CAP_GUEST_MEMFD) > 0;
-        let has_guest_memfd = match parts.config.backend {
-            PrivateBackend::Auto => has_all,
-            PrivateBackend::GuestMemfd if has_all => true,
-            PrivateBackend::GuestMemfd => {
+        let has_attributes = answer(KVM_CAP_VM_TYPES) & (1 << KVM_X86_SW_PROTECTED_VM) != 0
+            && answer(KVM_CAP_MEMORY_ATTRIBUTES) & u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE) != 0;
+        let has_all = has_attributes && answer(KVM_CAP_GUEST_MEMFD) > 0;
+        let backend = match parts.config.backend {
+            PrivateBackend::Auto if has_all => PrivateBackend::GuestMemfd,
+            PrivateBackend::Auto => PrivateBackend::InPlace,
+            PrivateBackend::GuestMemfd if has_all => PrivateBackend::GuestMemfd,
+            PrivateBackend::ByAddress if has_attributes => PrivateBackend::ByAddress,
+            backend @ (PrivateBackend::InPlace | PrivateBackend::MappedGuestMemfd) => backend,
+            PrivateBackend::GuestMemfd | PrivateBackend::ByAddress => {
                 return Err(VmError::NotPrivate {
                     problem: "this KVM has no software-protected VMs with memory attributes; use a \
                               host kernel built with CONFIG_KVM_SW_PROTECTED_VM, on a processor \
                               with nested paging, or private memory in place",
                 });
             }
-            PrivateBackend::InPlace => false,
         };
-        Ok(Some(Self { config: parts.config, has_guest_memfd }))
+        Ok(Some(Self { config: parts.config, backend }))
     }
 
     /// The type of VM it takes.
     pub(super) fn vm_type(self) -> u64 {
-        if self.has_guest_memfd { KVM_X86_SW_PROTECTED_VM.into() } else { 0 }
+        match self.backend {
+            PrivateBackend::GuestMemfd | PrivateBackend::ByAddress => {
+                KVM_X86_SW_PROTECTED_VM.into()
+            }
+            PrivateBackend::InPlace | PrivateBackend::MappedGuestMemfd | PrivateBackend::Auto => 0,
+        }
     }
 
     /// Has hypercalls exit that ask for conversions, and makes what memslots need.
@@ -71,15 +117,16 @@ impl Protection {
             vm.enable_cap(&exits).map_err(refused("have hypercalls exit"))?;
         }
         let size = memory.mapping.len() as u64;
-        let make = |()| {
-            let wanted = kvm_create_guest_memfd { size, ..Default::default() };
-            let fd = vm.create_guest_memfd(wanted).map_err(refused("create a guest_memfd"))?;
-            // SAFETY: KVM has just made the descriptor, for this process, and nobody
-            // else was told of it.
-            Ok::<_, VmError>(unsafe { OwnedFd::from_raw_fd(fd) })
+        let own = memory.private.as_ref().and_then(|parts| parts.guest_memfd.as_ref());
+        let guest_memfd = match (self.backend, own) {
+            (PrivateBackend::GuestMemfd, _) => Some(create_guest_memfd(vm, size, 0)?),
+            (_, Some(own)) => {
+                let again = own.fd.try_clone();
+                Some(again.map_err(|error| VmError::Memory { bytes: size, error })?)
+            }
+            (_, None) => None,
         };
-        let guest_memfd = self.has_guest_memfd.then_some(()).map(make).transpose()?;
-        Ok(Protected { config: self.config, guest_memfd })
+        Ok(Protected { config: self.config, backend: self.backend, guest_memfd })
     }
 }
 
@@ -89,7 +136,8 @@ impl Protected {
         self.guest_memfd.as_ref().map(AsFd::as_fd)
     }
 
-    /// Memory that is all shared, its memslots in place.
+    /// Memory that is shared but for what was private from the start, its memslots in
+    /// place.
     pub(super) fn start(
         self,
         vm: &Arc<VmFd>,
@@ -99,13 +147,28 @@ impl Protected {
         let slots: Vec<_> = ranges.iter().map(|slot| (slot.gpa, slot.len)).collect();
         let mapping = memory.mapping.clone();
         let views = memory.private.iter().map(|parts| parts.view.clone()).collect();
-        let backend: Box<dyn Backend> = match self.guest_memfd {
-            Some(private) => Box::new(GuestMemfd::new(vm.clone(), private, mapping, ranges)),
-            None => Box::new(InPlace::new(mapping, views, ranges)),
+        let in_place = |ranges| InPlace::new(mapping.clone(), views, ranges);
+        let (backend, intent): (Box<dyn Backend>, _) = match (self.guest_memfd, self.backend) {
+            (Some(_), PrivateBackend::MappedGuestMemfd) => {
+                (Box::new(in_place(ranges).of_guest_memfd()), Intent::Attribute)
+            }
+            (Some(private), _) => {
+                let backend = GuestMemfd::new(vm.clone(), private, mapping, ranges);
+                (Box::new(backend), Intent::Attribute)
+            }
+            (None, PrivateBackend::ByAddress) => {
+                let in_place = in_place(ranges.clone());
+                let backend = ByAddress::new(vm.clone(), in_place, &ranges, SHARED_GPA);
+                let backend = backend.map_err(|error| VmError::Kvm {
+                    what: "close guest memory to accesses as private",
+                    error,
+                })?;
+                (Box::new(backend), Intent::Access)
+            }
+            (None, _) => (Box::new(in_place(ranges)), Intent::Attribute),
         };
         let contents = self.config.contents;
-        let private =
-            PrivateMemory::new(backend, slots, Kind::Shared, contents, Intent::Attribute)?;
+        let private = PrivateMemory::new(backend, slots, Kind::Shared, contents, intent)?;
         for range in memory.private.iter().flat_map(|parts| &parts.ranges) {
             private.restore(range.clone())?;
         }

@@ -16,11 +16,11 @@
 use std::mem::offset_of;
 
 use vmpager::core::convert::HC_MAP_GPA_RANGE;
-use vmpager_sys::memory::Mapping;
 
+use super::parameters::Parameters;
+use crate::PAGE_BYTES;
 use crate::checksum::{MULTIPLIER, ROTATION, SEEDS};
-use crate::layout::DEVICE_GPA;
-use crate::{PAGE_BYTES, PAGE_SIZE};
+use crate::private::TO_PRIVATE;
 
 /// The port of the guest's events.
 pub(super) const EVENT_PORT: u16 = 0xe9;
@@ -29,135 +29,8 @@ pub(super) const EVENT_STARTED: u8 = 1;
 /// Last event of a round.
 pub(super) const EVENT_DONE: u8 = 2;
 
-/// What a round does.
-#[derive(Clone, Copy, Debug)]
-#[repr(u64)]
-pub(crate) enum Command {
-    /// Computes the checksums of `count` pages from `first`.
-    Prepare = 0,
-    /// Touches and verifies `count` pages in the order given.
-    Work = 1,
-    /// Does `count` conversions, and checks their pages and those beside them.
-    Convert = 2,
-}
-
-/// How the program asks for a conversion.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
-pub(super) enum Gate {
-    /// By a hypercall: KVM takes them from ring 0 only, where a SYSCALL gets.
-    Hypercall = 0,
-    /// By a port, its arguments in the parameter block: where KVM has no such
-    /// hypercalls, or emulates ring 0.
-    Port = 1,
-}
-
 /// The port to ask by.
 pub(super) const CONVERT_PORT: u16 = 0xea;
-
-/// A vCPU's parameter block, in the device memory; see the assembly for its use.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Parameters {
-    /// A [`Command`].
-    pub(crate) command: u64,
-    /// Prepare: the first page.
-    pub(crate) first: u64,
-    /// Number of pages.
-    pub(crate) count: u64,
-    /// Gpa of the page numbers to touch, u32 each.
-    pub(crate) order: u64,
-    /// Gpa where to put each touch's cycles, u32 each.
-    pub(crate) stalls: u64,
-    /// Gpa of the checksum table.
-    pub(crate) sums: u64,
-    /// Every how many touches one is a write; 0 for never.
-    pub(crate) write_every: u64,
-    /// Result: pages whose checksum was wrong.
-    pub(crate) mismatches: u64,
-    /// Result: the first of them.
-    pub(crate) first_mismatch: u64,
-    /// Convert: gpa of the conversions, 16 bytes each.
-    pub(crate) ops: u64,
-    /// Convert: gpa of the tags, u32 for each page of memory.
-    pub(crate) tags: u64,
-    /// Convert: the end of this vCPU's pages, which start at `first`.
-    pub(crate) end: u64,
-    /// Convert: whether contents stay.
-    pub(crate) preserves: u64,
-    /// Convert: a [`Gate`].
-    pub(crate) gate: u64,
-    /// Result: what a conversion that failed returned.
-    pub(crate) failed: u64,
-    /// By the port: arguments and answer.
-    pub(crate) call: [u64; 4],
-    /// Of the program's own: cycles of the last conversion.
-    pub(crate) cycles: u64,
-}
-
-const WORDS: usize = size_of::<Parameters>() / 8;
-
-impl Parameters {
-    fn words(&self) -> [u64; WORDS] {
-        [
-            self.command,
-            self.first,
-            self.count,
-            self.order,
-            self.stalls,
-            self.sums,
-            self.write_every,
-            self.mismatches,
-            self.first_mismatch,
-            self.ops,
-            self.tags,
-            self.end,
-            self.preserves,
-            self.gate,
-            self.failed,
-            self.call[0],
-            self.call[1],
-            self.call[2],
-            self.call[3],
-            self.cycles,
-        ]
-    }
-
-    /// Writes the block of a vCPU into the device memory.
-    pub(crate) fn store(&self, device: &Mapping, vcpu: usize) {
-        for (i, word) in self.words().into_iter().enumerate() {
-            device.write_u64(vcpu * PAGE_BYTES + i * 8, word);
-        }
-    }
-
-    /// The results in the block of a vCPU: mismatches, first of them.
-    pub(crate) fn load_results(device: &Mapping, vcpu: usize) -> (u64, u64) {
-        let word = |offset| device.read_u64(vcpu * PAGE_BYTES + offset);
-        (word(offset_of!(Parameters, mismatches)), word(offset_of!(Parameters, first_mismatch)))
-    }
-
-    /// What a conversion that failed returned to a vCPU; 0 if none did.
-    pub(crate) fn load_failure(device: &Mapping, vcpu: usize) -> u64 {
-        device.read_u64(vcpu * PAGE_BYTES + offset_of!(Parameters, failed))
-    }
-
-    /// What a vCPU asks for by the port.
-    pub(super) fn load_call(device: &Mapping, vcpu: usize) -> [u64; 6] {
-        let at = vcpu * PAGE_BYTES + offset_of!(Parameters, call);
-        let word = |i: usize| device.read_u64(at + i * 8);
-        [word(0), word(1), word(2), 0, 0, 0]
-    }
-
-    /// What it is told.
-    pub(super) fn store_answer(device: &Mapping, vcpu: usize, answer: u64) {
-        device.write_u64(vcpu * PAGE_BYTES + offset_of!(Parameters, call) + 24, answer);
-    }
-}
-
-/// Where a vCPU's parameter block is.
-pub(super) fn parameters_gpa(vcpu: u64) -> u64 {
-    DEVICE_GPA + vcpu * PAGE_SIZE
-}
 
 /// The machine code: position-independent, to be copied to the code page.
 pub(crate) fn code() -> &'static [u8] {
@@ -211,8 +84,7 @@ std::arch::global_asm!(
     "    mov r12, [r15 + {count}]",
     "10: test r12, r12",
     "    jz 90f",
-    "    mov rsi, rbx",
-    "    shl rsi, 12",
+    "    call 55f",
     "    call 50f",
     "    mov rdx, [r15 + {sums}]",
     "    mov [rdx + rbx*8], rax",
@@ -227,8 +99,7 @@ std::arch::global_asm!(
     "    jae 90f",
     "    mov rdx, [r15 + {order}]",
     "    mov ebx, [rdx + r12*4]",
-    "    mov rsi, rbx",
-    "    shl rsi, 12",
+    "    call 55f",
     // The instruction after RDTSC waits for it, and it waits for the touch.
     "    lfence",
     "    rdtsc",
@@ -284,6 +155,8 @@ std::arch::global_asm!(
     "    or rdx, rax",
     "    push rdx",
     "    call 85f",
+    "    cmp qword ptr [r15 + {gate}], 1",
+    "    ja 39f",
     "    shl rbx, 12",
     "    mov r8d, [r13 + 4]",
     "    mov edx, [r13 + 8]",
@@ -338,6 +211,20 @@ std::arch::global_asm!(
     "    inc r12",
     "    jmp 31b",
 
+    // touches each page as of the kind it is to have
+    "39: mov rsi, rbx",
+    "    shl rsi, 12",
+    "    test byte ptr [r13 + 8], {to_private}",
+    "    jnz 41f",
+    "    add rsi, [r15 + {shared_at}]",
+    "41: mov rax, [rsi]",
+    "    add rsi, 4096",
+    "    inc rbx",
+    "    cmp rbx, r14",
+    "    jb 41b",
+    "    xor eax, eax",
+    "    jmp 34b",
+
     // checks page rbx against its tag
     "60: mov rdx, [r15 + {tags}]",
     "    mov eax, [rdx + rbx*4]",
@@ -381,10 +268,21 @@ std::arch::global_asm!(
     "    jz 76f",
     "    or r8, rbx",
     "76: mov r9, rdi",
-    "    mov rsi, rbx",
-    "    shl rsi, 12",
+    "    call 55f",
     "    mov ecx, 4096 / 8",
     "    ret",
+
+    // rsi: the address of page rbx, as of the kind it has
+    "55: mov rsi, rbx",
+    "    shl rsi, 12",
+    "    mov rdx, [r15 + {shared_at}]",
+    "    test rdx, rdx",
+    "    jz 56f",
+    "    mov rcx, [r15 + {tags}]",
+    "    cmp dword ptr [rcx + rbx*4], 0",
+    "    jl 56f",
+    "    add rsi, rdx",
+    "56: ret",
 
     // checks the pages on either side, if they are this vCPU's
     "80: mov ebx, [r13]",
@@ -486,6 +384,8 @@ std::arch::global_asm!(
     end = const offset_of!(Parameters, end),
     preserves = const offset_of!(Parameters, preserves),
     gate = const offset_of!(Parameters, gate),
+    shared_at = const offset_of!(Parameters, shared_at),
+    to_private = const TO_PRIVATE,
     failed = const offset_of!(Parameters, failed),
     call = const offset_of!(Parameters, call),
     cycles = const offset_of!(Parameters, cycles),

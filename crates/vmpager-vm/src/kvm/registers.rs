@@ -3,7 +3,8 @@
 use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use super::{program, refused};
+use super::parameters::parameters_gpa;
+use super::refused;
 use crate::PAGE_SIZE;
 use crate::error::VmError;
 use crate::layout::{Layout, TSS_OFFSET};
@@ -38,7 +39,7 @@ pub(super) fn initial_regs(layout: &Layout, vcpu: u64) -> kvm_regs {
         rip: layout.code * PAGE_SIZE,
         rsp: layout.stack_top(vcpu),
         // Where the program looks for its parameters.
-        r15: program::parameters_gpa(vcpu),
+        r15: parameters_gpa(vcpu),
         // Reserved bit 1; interrupts off.
         rflags: IOPL_3 | 2,
         ..Default::default()

@@ -10,7 +10,7 @@ use vmpager_kvm::private::{Cause, PrivateMemory};
 use super::Vm;
 use crate::device::{OPS, to_usize};
 use crate::error::VmError;
-use crate::kvm::{Builtin, pattern};
+use crate::kvm::{Builtin, Gate, pattern};
 use crate::parallel::split;
 use crate::private::{ConvertReport, ConvertWorkload, IS_PRIVATE, UNKNOWN};
 use crate::report::Stalls;
@@ -40,7 +40,7 @@ impl Vm {
     /// If memory cannot be private, the guest stops, or a conversion fails. Wrong
     /// pages are no error here: the report counts them.
     pub fn convert(&mut self, workload: &ConvertWorkload) -> Result<ConvertReport, VmError> {
-        let private = self.private().ok_or(NONE_PRIVATE)?.clone();
+        let private = self.private_for(workload)?;
         self.tag_pages(&private);
         let (mut left, mut seed) = (workload.conversions, workload.seed);
         let (mut took, mut mismatches, mut first_mismatch) = (Duration::ZERO, 0, None);
@@ -104,7 +104,7 @@ impl Vm {
         workload: &ConvertWorkload,
         touches: u64,
     ) -> Result<(Stalls, Stalls), VmError> {
-        let private = self.private().ok_or(NONE_PRIVATE)?.clone();
+        let private = self.private_for(workload)?;
         let areas = split(self.layout.contents(), to_usize(self.layout.vcpus));
         let mut order = Vec::new();
         for (seed, area) in (workload.seed..).zip(&areas) {
@@ -122,9 +122,10 @@ impl Vm {
         };
         if conversions > 0 {
             let ops = workload.ops(area, 0);
-            self.device.ask_convert(&[(area.clone(), ops)], private.preserves(), machine.gate());
+            let gate = if workload.implicit { Gate::Touch } else { machine.gate() };
+            self.device.ask_convert(&[(area.clone(), ops)], private.preserves(), gate);
             for page in area.clone() {
-                self.device.set_tag(page, UNKNOWN);
+                self.device.set_tag(page, UNKNOWN | self.device.tag(page) & IS_PRIVATE);
             }
         }
         machine.run()?;
@@ -155,7 +156,8 @@ impl Vm {
             .zip(areas)
             .map(|(vcpu, area)| (area.clone(), workload.ops(&area, vcpu)))
             .collect();
-        self.device.ask_convert(&parts, private.preserves(), machine.gate());
+        let gate = if workload.implicit { Gate::Touch } else { machine.gate() };
+        self.device.ask_convert(&parts, private.preserves(), gate);
         let began = Instant::now();
         machine.run()?;
         let took = began.elapsed();
@@ -171,10 +173,26 @@ impl Vm {
         Err(VmError::ConversionRefused { answer, failed: failed.map(Box::new) })
     }
 
+    /// Memory that can be private, if the guest can ask for conversions so.
+    fn private_for(&self, workload: &ConvertWorkload) -> Result<Arc<PrivateMemory>, VmError> {
+        let parts = self.memory.private.as_ref();
+        if workload.implicit && parts.is_some_and(|parts| parts.shared_at() == 0) {
+            return Err(VmError::NotPrivate {
+                problem: "this VM's guest cannot say by an access which kind of page it means; \
+                          build it with private pages by address",
+            });
+        }
+        Ok(self.private().ok_or(NONE_PRIVATE)?.clone())
+    }
+
     /// What pages hold is not known at first; which kind they are, is.
     fn tag_pages(&mut self, private: &PrivateMemory) {
         self.is_prepared = false;
         self.seed = None;
+        self.tag_kinds(private);
+    }
+
+    pub(super) fn tag_kinds(&mut self, private: &PrivateMemory) {
         let is_private = in_ranges(private.private_ranges());
         for page in self.layout.contents() {
             let known = if self.is_tagged { self.device.tag(page) & !IS_PRIVATE } else { UNKNOWN };
@@ -227,5 +245,56 @@ pub(super) fn in_ranges(ranges: Vec<Range<u64>>) -> impl Fn(u64) -> bool {
         let at = page * PAGE_SIZE;
         let after = ranges.partition_point(|range| range.start <= at);
         after.checked_sub(1).and_then(|i| ranges.get(i)).is_some_and(|range| at < range.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use crate::{ConvertWorkload, Cpu, PrivateConfig, Vm, VmConfig, VmError};
+
+    /// Threads call the vCPUs out of the guest all the time, in conversions and
+    /// between them.
+    #[test]
+    fn vcpus_that_are_called_out_convert_every_page_all_the_same() {
+        let private = Some(PrivateConfig::default());
+        let cpu = Cpu::Kvm;
+        let config =
+            VmConfig { memory_bytes: 16 << 20, vcpus: 2, private, cpu, ..VmConfig::default() };
+        let mut vm = match Vm::build(&config) {
+            Err(VmError::NoKvm(error)) => {
+                return vmpager_testing::skipped(&format!("no /dev/kvm ({error})"));
+            }
+            vm => vm.unwrap(),
+        };
+        let vcpus = vm.machine.as_mut().unwrap().vcpus();
+        let kicks: Vec<_> = vcpus.iter().map(|vcpu| vcpu.kick().clone()).collect();
+        let (is_over, mut calls) = (AtomicBool::new(false), 0);
+        let workload = ConvertWorkload { conversions: 60, ..ConvertWorkload::default() };
+        thread::scope(|scope| {
+            let caller = scope.spawn(|| {
+                let mut calls = 0u64;
+                while !is_over.load(Ordering::SeqCst) {
+                    kicks.iter().for_each(|kick| kick.call());
+                    calls += 1;
+                    // They may do something in between.
+                    thread::sleep(std::time::Duration::from_micros(200));
+                }
+                calls
+            });
+            let report = vm.convert(&workload);
+            is_over.store(true, Ordering::SeqCst);
+            calls = caller.join().unwrap();
+            let report = report.unwrap();
+            assert_eq!((report.mismatches, report.host_mismatches), (0, 0), "{report:?}");
+            assert_eq!(report.conversions, 120);
+        });
+        let stats = vm.private().unwrap().stats();
+        assert!(
+            calls > 0 && (stats.explicit, stats.undone, stats.stands) == (120, 0, 0),
+            "{stats:?}"
+        );
     }
 }
