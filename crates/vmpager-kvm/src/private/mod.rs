@@ -373,9 +373,9 @@ impl PrivateMemory {
         i64::from(-errno).cast_unsigned()
     }
 
-    /// For benchmarks, the floor of all conversions: from now on hypercalls, and
-    /// accesses that ask for conversions, are answered by the back-end's bare calls, with no rules, no log, and nothing known
-    /// of kinds. Such a VM is good for nothing else any more.
+    /// For benchmarks, the floor of all conversions: from now on hypercalls, and accesses
+    /// that ask for conversions, are answered by the back-end's bare calls, with no rules,
+    /// no log, and nothing known of kinds. Such a VM is good for nothing else any more.
     pub fn answer_by_bare_calls(&self) {
         self.bare.store(true, Ordering::Relaxed);
     }
