@@ -72,8 +72,7 @@ pub(crate) struct LabArgs {
     /// Give up after so many seconds, building not included.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     limit: u64,
-    /// Emulated machines at a time, of two CPUs each [default: one for each two CPUs,
-    /// three at most].
+    /// Emulated machines at a time [default: one for each CPU, three at most].
     #[arg(long, value_name = "N")]
     jobs: Option<NonZero<usize>>,
 }
@@ -85,10 +84,11 @@ impl LabArgs {
             && (self.long || case.boot != LONG)
     }
 
-    /// Two machines on two CPUs take as long as one after the other.
+    /// A machine has two CPUs and keeps little more than one busy: its guests run on the
+    /// second alone.
     fn jobs(&self) -> usize {
         let cpus = || thread::available_parallelism().map_or(1, NonZero::get);
-        self.jobs.map_or_else(|| (cpus() / 2).clamp(1, MOST_JOBS), NonZero::get)
+        self.jobs.map_or_else(|| cpus().min(MOST_JOBS), NonZero::get)
     }
 }
 
