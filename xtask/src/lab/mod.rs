@@ -151,9 +151,11 @@ fn run_emulated(
     let machine = Machine { host: &host, initramfs: &initramfs, deadline };
     let boots = Mutex::new(by_boot(cases));
     let tally = Mutex::new(Tally::default());
+    // A function of its own, for the lock not to be held while a machine runs.
+    let next = || lock(&boots).pop();
     thread::scope(|scope| {
         let one_after_the_other = || {
-            while let Some((name, cases)) = lock(&boots).pop() {
+            while let Some((name, cases)) = next() {
                 let socket = scratch.path().join(name);
                 let run = machine.run(name, &cases, &socket)?;
                 lock(&tally).add(run);
