@@ -122,9 +122,7 @@ impl Manager {
         let workers = vms::children(serving.keeper());
         signal(serving.keeper(), Signal::KILL);
         serving.child.wait().unwrap();
-        for worker in workers {
-            signal(worker, Signal::KILL);
-        }
+        vms::kill_all(&workers);
     }
 }
 

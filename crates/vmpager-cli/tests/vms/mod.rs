@@ -77,6 +77,13 @@ pub(crate) fn signal(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), signal).unwrap();
 }
 
+/// Kills processes that may have ended by now.
+pub(crate) fn kill_all(pids: &[u32]) {
+    for pid in pids {
+        let _ = kill_process(Pid::from_raw(i32::try_from(*pid).unwrap()).unwrap(), Signal::KILL);
+    }
+}
+
 /// Descriptors that a process has.
 pub(crate) fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
@@ -189,10 +196,7 @@ impl Drop for Serving {
             let workers = children(self.keeper());
             let _ = self.child.kill();
             let _ = self.child.wait();
-            for worker in workers {
-                let pid = Pid::from_raw(i32::try_from(worker).unwrap()).unwrap();
-                let _ = kill_process(pid, Signal::KILL);
-            }
+            kill_all(&workers);
         }
     }
 }
