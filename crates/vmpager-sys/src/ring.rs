@@ -21,6 +21,9 @@ use rustix::io::Errno;
 /// How long a dropped ring waits for its reads.
 const DROP_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long it waits before it cancels them once more.
+const CANCEL_EVERY: Duration = Duration::from_millis(5);
+
 /// A read to be started.
 #[derive(Debug)]
 pub struct RingRead {
@@ -210,10 +213,12 @@ impl ReadRing {
         for slot in mem::take(&mut self.queued) {
             self.take(slot);
         }
-        // Absent before Linux 6.0, when one waits instead.
-        let at_once = Timespec::new();
-        let _ = self.ring.submitter().register_sync_cancel(Some(at_once), CancelBuilder::any());
         loop {
+            // Absent before Linux 6.0, when one waits instead. It does not see a
+            // read that is just going from a kernel thread to where it waits
+            // for its file to be ready: hence again and again.
+            let at_once = Timespec::new();
+            let _ = self.ring.submitter().register_sync_cancel(Some(at_once), CancelBuilder::any());
             while self.next_completion().is_some() {}
             if self.in_flight() == 0 {
                 return true;
@@ -222,7 +227,7 @@ impl ReadRing {
             if left.is_zero() {
                 return false;
             }
-            self.wait_for_completion(left);
+            self.wait_for_completion(left.min(CANCEL_EVERY));
         }
     }
 
