@@ -194,7 +194,7 @@ pub struct Counts {
     /// Completions that came after the device was turned off.
     pub late: u64,
     /// Faults the guest was not told of, by [`Refusal`], in the order of
-    /// [`Refusal::ALL`].
+    /// [`Refusal::ALL`]; or was told of only after the vCPU had been parked.
     pub refused: [u64; Refusal::ALL.len()],
 }
 
@@ -355,6 +355,11 @@ impl AsyncPf {
                 Ok(Ticket { token, epoch: self.epoch })
             }
         }
+    }
+
+    /// Whether a fault would be told now. Nothing is counted.
+    pub fn admits(&self, page: u64, vcpu: &Conditions) -> bool {
+        self.refusal(page, vcpu).is_none()
     }
 
     fn refusal(&self, page: u64, vcpu: &Conditions) -> Option<Refusal> {

@@ -347,7 +347,8 @@ impl AsyncFaults {
         }
         let state = delivery.state(vcpu)?;
         let conditions = self.conditions(vcpu, delivery, &state)?;
-        if self.parked_at == Some((page, state.regs.rip)) && may_park(&conditions) {
+        let again = self.parked_at == Some((page, state.regs.rip)) && may_park(&conditions);
+        if again && !self.device.admits(page.0, &conditions) {
             // An interrupt came, and was taken: it is the same fault still.
             return self.enter_park(vcpu, delivery, &state, (page, gpa));
         }

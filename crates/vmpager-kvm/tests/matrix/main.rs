@@ -13,6 +13,9 @@ mod cases;
 mod machine;
 mod modes;
 mod programs;
+mod slow;
+mod telling;
+mod told;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
