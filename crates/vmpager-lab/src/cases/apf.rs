@@ -13,7 +13,7 @@ use crate::cpus::guest_command;
 const ONE: Size = Size { still: 512, readers: 4, moving: 128, ..SMALL };
 const BOTH: Size = Size { vcpus: 2, ..ONE };
 /// Most of its faults are of readers that wait for pages that nobody else wants.
-const LARGE: Size = Size { still: 12288, readers: 16, moving: 256, vcpus: 2, memory_mib: 160 };
+const LARGE: Size = Size { still: 12288, readers: 48, moving: 256, vcpus: 2, memory_mib: 160 };
 
 /// How much the load must do after a restore.
 const WORK: u64 = 400;
@@ -131,13 +131,15 @@ fn rows(command: &mut std::process::Command, expected: usize) -> anyhow::Result<
     Ok(())
 }
 
-/// Restores until the guests were told of so many faults in all.
+/// Restores until the guests were told of so many faults in all, with one vCPU and
+/// with two, by each mechanism there is.
 pub(super) fn told_of_50000_faults_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
     let (mut faults, mut restores_done) = (0, 0);
     let mechanisms = if probe::kvm()?.exact_memory_faults() { 2 } else { 1 };
     while faults < FAULTS {
-        let attributes = if restores_done % mechanisms == 1 { &ATTRIBUTES[..] } else { &[] };
-        let told = restores(lab, &LARGE, &[&TOLD[..], attributes, &QUICK].concat())?;
+        let attributes = if restores_done / 2 % mechanisms == 1 { &ATTRIBUTES[..] } else { &[] };
+        let size = Size { vcpus: 1 + restores_done % 2, ..LARGE };
+        let told = restores(lab, &size, &[&TOLD[..], attributes, &SLOW].concat())?;
         faults += number(&told, "injected")?;
         restores_done += 1;
         println!("{faults} faults in {restores_done} restores");

@@ -76,9 +76,10 @@ impl Threads {
             threads.push(thread::spawn(move || pages.run(&load)));
         }
         let still = Arc::new(still(size.still));
-        for reader in 0..size.readers {
+        let readers = size.readers;
+        for reader in 0..readers {
             let still = Arc::clone(&still);
-            threads.push(spawn(load, move |load| walk(reader, &still, load)));
+            threads.push(spawn(load, move |load| walk((reader, readers), &still, load)));
         }
         let ((to_there, there), (to_here, here)) = (channel(), channel());
         threads.push(spawn(load, move |load| pass(&here, &to_there, load, Some(1))));
@@ -86,7 +87,7 @@ impl Threads {
         Self(threads)
     }
 
-    /// Ends the threads; each checks all it has before it goes.
+    /// Ends the threads; all they have is checked before they go.
     pub(super) fn stop(self, load: &Load) {
         load.over.store(true, Ordering::Relaxed);
         for thread in self.0 {
@@ -143,13 +144,15 @@ fn still(count: usize) -> Vec<Page> {
     pages
 }
 
-fn walk(reader: usize, pages: &[Page], load: &Load) {
+fn walk((reader, readers): (usize, usize), pages: &[Page], load: &Load) {
     let check = |at: usize| load.note(pages[at].check(Kind::Still, at as u64, 0));
     for at in random(!(reader as u64), pages.len()).take_while(|_| !load.is_over()) {
         check(at);
         load.read.fetch_add(1, Ordering::Relaxed);
     }
-    (0..pages.len()).for_each(check);
+    // Together they check all, and no two wait for one page.
+    let part = |reader: usize| pages.len() * reader / readers;
+    (part(reader)..part(reader + 1)).for_each(check);
 }
 
 /// Endless numbers below `count`, in an order that depends on `seed`; none if
