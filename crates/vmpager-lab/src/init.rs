@@ -8,6 +8,7 @@ use anyhow::Context;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
+use rustix::termios::tcdrain;
 
 use crate::cases::Lab;
 use crate::report::Report;
@@ -56,6 +57,7 @@ fn mounts() -> anyhow::Result<()> {
 fn host(command_line: &CommandLine) -> anyhow::Result<()> {
     let to =
         OpenOptions::new().write(true).open(REPORT).with_context(|| format!("opening {REPORT}"))?;
+    let line = to.try_clone().with_context(|| format!("keeping {REPORT}"))?;
     let mut report = Report::new(Box::new(to));
     let names: Vec<String> = command_line
         .value("lab.tests")
@@ -78,6 +80,8 @@ fn host(command_line: &CommandLine) -> anyhow::Result<()> {
         report.text(&format!("{error:#}"));
     }
     runner::run(&lab, &names, &mut report)?;
+    // What is still in the kernel's buffer would be lost with the machine.
+    tcdrain(&line).with_context(|| format!("waiting for {REPORT} to be read"))?;
     power_off()
 }
 
