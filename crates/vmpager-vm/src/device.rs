@@ -15,7 +15,8 @@ use crate::report::Stalls;
 use crate::{PAGE_BYTES, kvm};
 
 /// Parameter blocks (a page per vCPU), then the order, then the stalls; if there is
-/// private memory, then tags, then conversions.
+/// private memory, then tags, then conversions, then each vCPU's own tags of the pages
+/// that all of them convert.
 #[derive(Debug)]
 pub(crate) struct Device {
     mapping: Arc<Mapping>,
@@ -31,9 +32,10 @@ impl Device {
     pub(crate) fn new(layout: &Layout, converts: bool, shared_at: u64) -> Result<Self, VmError> {
         let vcpus = to_usize(layout.vcpus);
         let table_bytes = (to_usize(layout.memory_pages) * 4).next_multiple_of(PAGE_BYTES);
-        let most_ops = if converts { vcpus * OPS } else { 0 };
+        let per_vcpu = if converts { OPS * OP_BYTES + RACE_PAGES * 4 } else { 0 };
         let tables = if converts { 3 } else { 2 };
-        let len = vcpus * PAGE_BYTES + tables * table_bytes + most_ops * OP_BYTES;
+        let len =
+            (vcpus * (PAGE_BYTES + per_vcpu) + tables * table_bytes).next_multiple_of(PAGE_BYTES);
         let mapping = Mapping::anonymous(len)
             .map_err(|error| VmError::Memory { bytes: len as u64, error })?;
         let sums = layout.sum_of(0);
@@ -91,22 +93,56 @@ impl Device {
     /// Asks every vCPU for its conversions, in its part of the pages.
     pub(crate) fn ask_convert(&self, parts: &[(Range<u64>, Vec<Op>)], preserves: bool, gate: Gate) {
         for (vcpu, (area, ops)) in parts.iter().enumerate() {
-            let at = self.ops_at(vcpu * OPS);
-            for (op, at) in ops.iter().take(OPS).zip((at..).step_by(OP_BYTES)) {
-                let words = [op.first, op.pages, op.flags, op.tag].map(u32::to_le_bytes);
-                self.mapping.write(at, words.as_flattened());
-            }
+            let parameters = self.conversions(vcpu, area, ops, gate);
+            Parameters { preserves: preserves.into(), ..parameters }.store(&self.mapping, vcpu);
+        }
+    }
+
+    /// Asks every vCPU for conversions of the same pages, at most [`RACE_PAGES`]. Each
+    /// fills and checks a part of every page, by tags of its own.
+    pub(crate) fn ask_race(
+        &self,
+        area: &Range<u64>,
+        each: &[Vec<Op>],
+        may_be_zero: bool,
+        gate: Gate,
+    ) {
+        for (vcpu, (ops, words)) in each.iter().zip(self.race_parts()).enumerate() {
+            let own_tags = DEVICE_GPA + self.own_tag_at(vcpu, 0) as u64;
             let parameters = Parameters {
-                command: Command::Convert as u64,
-                first: area.start,
-                end: area.end,
-                count: ops.len().min(OPS) as u64,
-                ops: DEVICE_GPA + at as u64,
-                preserves: preserves.into(),
-                gate: gate as u64,
-                ..self.parameters()
+                tags: own_tags - area.start * 4,
+                // It cannot tell what others made of them.
+                preserves: 1,
+                may_be_zero: may_be_zero.into(),
+                part: words.start,
+                part_words: words.end - words.start,
+                ..self.conversions(vcpu, area, ops, gate)
             };
             parameters.store(&self.mapping, vcpu);
+        }
+    }
+
+    /// Which words of each page are whose in a race.
+    pub(crate) fn race_parts(&self) -> Vec<Range<u64>> {
+        split(0..WORDS, self.vcpus)
+    }
+
+    /// Leaves a vCPU's conversions for it, and says what is in common of all.
+    fn conversions(&self, vcpu: usize, area: &Range<u64>, ops: &[Op], gate: Gate) -> Parameters {
+        let at = self.ops_at(vcpu * OPS);
+        for (op, at) in ops.iter().take(OPS).zip((at..).step_by(OP_BYTES)) {
+            let words = [op.first, op.pages, op.flags, op.tag].map(u32::to_le_bytes);
+            self.mapping.write(at, words.as_flattened());
+        }
+        Parameters {
+            command: Command::Convert as u64,
+            first: area.start,
+            end: area.end,
+            count: ops.len().min(OPS) as u64,
+            ops: DEVICE_GPA + at as u64,
+            gate: gate as u64,
+            part_words: WORDS,
+            ..self.parameters()
         }
     }
 
@@ -120,6 +156,18 @@ impl Device {
     /// Says what a page holds.
     pub(crate) fn set_tag(&self, page: u64, tag: u32) {
         self.mapping.write(self.tag_at(page), &tag.to_le_bytes());
+    }
+
+    /// What a vCPU's part of a page holds that all of them convert, by its number there.
+    pub(crate) fn own_tag(&self, vcpu: usize, number: usize) -> u32 {
+        let mut bytes = [0; 4];
+        self.mapping.read(self.own_tag_at(vcpu, number), &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Says what it holds.
+    pub(crate) fn set_own_tag(&self, vcpu: usize, number: usize, tag: u32) {
+        self.mapping.write(self.own_tag_at(vcpu, number), &tag.to_le_bytes());
     }
 
     /// What the first conversion that failed returned, if one did.
@@ -178,6 +226,10 @@ impl Device {
         self.stalls_at(0) + 2 * self.table_bytes + index * OP_BYTES
     }
 
+    fn own_tag_at(&self, vcpu: usize, number: usize) -> usize {
+        self.ops_at(self.vcpus * OPS) + (vcpu * RACE_PAGES + number) * 4
+    }
+
     fn order_at(&self, index: usize) -> usize {
         self.vcpus * PAGE_BYTES + index * 4
     }
@@ -190,6 +242,10 @@ impl Device {
 /// Conversions that a vCPU can be asked for at a time.
 pub(crate) const OPS: usize = 4096;
 const OP_BYTES: usize = 16;
+/// Pages that all vCPUs can be asked to convert.
+pub(crate) const RACE_PAGES: usize = 1024;
+/// 64-bit words in a page.
+const WORDS: u64 = PAGE_BYTES as u64 / 8;
 
 /// Guest memory is at most 32 GiB.
 pub(crate) fn to_usize(n: u64) -> usize {

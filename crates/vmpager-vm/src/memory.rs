@@ -53,9 +53,23 @@ pub(crate) struct Memslot {
 }
 
 impl Memslot {
-    /// All memory from gpa 0 on, as the built-in guest has it.
+    /// All memory from gpa 0 on.
     pub(crate) fn flat(bytes: u64) -> Vec<Self> {
         vec![Self { gpa: 0, offset: 0, len: bytes }]
+    }
+
+    /// The same in two slots that touch, if pages of it can be private: so the guest
+    /// converts ranges across slots.
+    pub(crate) fn of_builtin(bytes: u64, can_be_private: bool) -> Vec<Self> {
+        /// Not where a page table ends, nor where a huge page would.
+        const FIRST: u64 = (2 << 20) + 3 * PAGE_SIZE;
+        match bytes.checked_sub(FIRST).filter(|rest| can_be_private && *rest > 0) {
+            Some(rest) => {
+                let second = Self { gpa: FIRST, offset: FIRST, len: rest };
+                Self::flat(FIRST).into_iter().chain([second]).collect()
+            }
+            None => Self::flat(bytes),
+        }
     }
 
     /// Memory around the hole for devices, as a PC has it.

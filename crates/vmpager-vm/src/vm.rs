@@ -1,6 +1,7 @@
 //! The reference VM: builds, prepares, saves, restores, runs and verifies.
 
 mod convert;
+mod race;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -134,14 +135,13 @@ impl Vm {
             layout = layout.with_content_pages(pages)?;
         }
         let bytes = layout.memory_bytes();
+        let slots = Memslot::of_builtin(bytes, config.private.is_some());
         let memory = match config.private {
-            Some(private) => {
-                GuestMemory::private(bytes, Memslot::flat(bytes), private, Vec::new())?
-            }
+            Some(private) => GuestMemory::private(bytes, slots, private, Vec::new())?,
             None => {
                 let mapping = Mapping::anonymous(to_usize(bytes))
                     .map_err(|error| VmError::Memory { bytes, error })?;
-                GuestMemory::new(Arc::new(mapping), Memslot::flat(bytes))
+                GuestMemory::new(Arc::new(mapping), slots)
             }
         };
         let mapping = &memory.mapping;

@@ -5,15 +5,19 @@
 
 mod common;
 
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use common::config;
+use common::{MEMORY, config};
 use tempfile::TempDir;
+use vmpager::NeighbourPolicy;
 use vmpager::core::convert::{Kind, Request};
 use vmpager_kvm::private::Cause;
 use vmpager_vm::{
-    ConvertReport, ConvertWorkload, ConvertedContents, Cpu, Delivery, ExitMechanism, InProcess,
-    PrivateBackend, PrivateConfig, RestoreMemory, SnapshotPaths, Vm, VmConfig, VmError, Workload,
+    ConvertReport, ConvertWorkload, ConvertedContents, Cpu, Delivery, ExitMechanism, Filling,
+    InProcess, PrivateBackend, PrivateConfig, RestoreMemory, SnapshotPaths, Vm, VmConfig, VmError,
+    Workload,
 };
 
 /// A VM with private memory; `None` without KVM.
@@ -63,6 +67,61 @@ fn every_byte_is_right_after_conversions_by_several_vcpus() {
         vm.prepare().unwrap();
         work(&mut vm);
     }
+}
+
+/// Nobody's part of a page shows what it held before, or another's; and what the rules
+/// say of the pages' kinds afterwards is so.
+#[test]
+fn every_byte_is_right_after_vcpus_converted_the_same_pages() {
+    for (backend, contents) in [
+        (PrivateBackend::Auto, ConvertedContents::Zero),
+        (PrivateBackend::InPlace, ConvertedContents::Zero),
+        (PrivateBackend::InPlace, ConvertedContents::Preserve),
+    ] {
+        let Some(mut vm) = build(backend, contents, 3) else { return };
+        // On a busy machine they may do so one after the other, for a while.
+        for seed in 1.. {
+            let workload = ConvertWorkload { conversions: 40, seed, ..ConvertWorkload::default() };
+            let report = vm.race(&workload).unwrap();
+            assert_eq!((report.mismatches, report.host_mismatches), (0, 0), "{report:?}");
+            assert!(report.conversions == 120 && report.host_pages > 0, "{report:?}");
+            let stats = vm.private().unwrap().stats();
+            assert_eq!((stats.undone, stats.stands, stats.refused), (0, 0, 0), "{stats:?}");
+            if stats.waited > 0 {
+                break;
+            }
+            assert!(seed < 200, "no conversion ever waited for another: {stats:?}");
+        }
+        convert(&mut vm, 60, 1);
+        vm.prepare().unwrap();
+        work(&mut vm);
+    }
+}
+
+#[test]
+fn a_byte_written_amid_a_race_is_found() {
+    let Some(mut vm) = build(PrivateBackend::InPlace, ConvertedContents::Preserve, 2) else {
+        return;
+    };
+    let memory = vm.memory().clone();
+    // The last page of memory is too far; the last of the race is converted by nobody.
+    let guard = memory.len() - usize::try_from(vm.content_pages() * 4096).unwrap() + (4 << 20) - 8;
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::SeqCst) {
+                memory.write_u64(guard, 12);
+                std::thread::yield_now();
+            }
+        });
+        let workload = ConvertWorkload { conversions: 40, ..ConvertWorkload::default() };
+        let found = (0..100).find(|_| {
+            let report = vm.race(&workload);
+            report.is_ok_and(|report| report.mismatches > 0 && report.host_mismatches > 0)
+        });
+        is_over.store(true, Ordering::SeqCst);
+        assert!(found.is_some(), "nobody saw it");
+    });
 }
 
 #[test]
@@ -133,6 +192,58 @@ fn a_saved_vm_has_each_page_of_its_kind_again() {
     }
 }
 
+/// Private pages that nobody wrote are holes of the memory file, are restored without
+/// a byte read, and read as zeroes, whatever they are converted to.
+#[test]
+fn private_pages_that_were_never_written_cost_no_byte() {
+    let private = Some(PrivateConfig { backend: PrivateBackend::InPlace, ..Default::default() });
+    let filling = Filling::Generated { seed: 3, bytes: Some(4 << 20) };
+    let config = VmConfig { private, filling, ..config(Cpu::Kvm) };
+    let mut vm = match Vm::build(&config) {
+        Err(VmError::NoKvm(error)) => {
+            return vmpager_testing::skipped(&format!("no /dev/kvm ({error})"));
+        }
+        vm => vm.unwrap(),
+    };
+    vm.prepare().unwrap();
+    // Beyond contents, 1 MiB before the end of memory.
+    let (never, end) = (MEMORY - (4 << 20)..MEMORY - (1 << 20), MEMORY - (1 << 20));
+    let convert = |vm: &Vm, gpa: u64, len: u64, to| {
+        vm.private().unwrap().convert(&Request { gpa, len, to }, Cause::Host).unwrap();
+    };
+    convert(&vm, never.start, never.end - never.start, Kind::Private);
+    // One of them was.
+    let written = usize::try_from(end - 4096).unwrap();
+    vm.memory().write_u64(written + 8, 5);
+    let dir = TempDir::new().unwrap();
+    let snapshot = vm.snapshot(&SnapshotPaths::in_dir(dir.path())).unwrap();
+    let stored = std::fs::metadata(&snapshot.paths().memory).unwrap().blocks() * 512;
+    assert!(stored < 6 << 20, "{stored} bytes for 4 MiB of contents and a page");
+
+    for neighbours in [NeighbourPolicy::Off, NeighbourPolicy::default()] {
+        let lazily = RestoreMemory::InProcess(InProcess { neighbours, ..InProcess::default() });
+        let restored = Vm::restore(&snapshot, lazily, Cpu::Kvm).unwrap();
+        assert_eq!(restored.private().unwrap().private_ranges(), std::slice::from_ref(&never));
+        let (memory, pager) = (restored.memory().clone(), restored.pager().unwrap());
+        let read = |gpa: u64| memory.read_u64(usize::try_from(gpa).unwrap());
+        let before = pager.stats();
+        let touched: Vec<u64> = (never.start..end - (1 << 20)).step_by(64 << 10).collect();
+        assert!(touched.iter().all(|gpa| read(*gpa) == 0));
+        let after = pager.stats();
+        assert_eq!(after.bytes_read, before.bytes_read, "zeroes were read");
+        assert!(after.pages_zero - before.pages_zero >= touched.len() as u64, "{after:?}");
+        assert_eq!(memory.read_u64(written + 8), 5);
+        // Touched or not, they are zeroes of the other kind, and again of this.
+        for to in [Kind::Shared, Kind::Private] {
+            convert(&restored, never.start, 1 << 20, to);
+            assert!((never.start..end - 4096).step_by(4096).all(|gpa| read(gpa) == 0));
+        }
+        assert_eq!(restored.private().unwrap().private_ranges(), std::slice::from_ref(&never));
+        assert_eq!(memory.read_u64(written + 8), 5);
+        assert_eq!(pager.stats().pages_poisoned, 0);
+    }
+}
+
 /// Conversions go on while the VM is saved: each page comes back as it was before its
 /// conversion, or after it, kind and contents.
 #[test]
@@ -192,7 +303,7 @@ fn what_cannot_be_private_is_refused_with_the_reason() {
     let error = refused.unwrap_err().to_string();
     // Without attributes the first reason is that there are none.
     assert!(
-        error.contains("cannot write it") || error.contains("no software-protected"),
+        error.contains("the host cannot write it") || error.contains("no software-protected"),
         "{error}"
     );
     let preserving = build_error(PrivateBackend::GuestMemfd, ConvertedContents::Preserve);

@@ -151,8 +151,9 @@ pub enum PrivateError {
     },
     /// Its private pages cannot be filled.
     #[error(
-        "private pages of a snapshot cannot be restored to a {backend}: up to Linux 7.2 the host \
-         cannot write it; keep them in place"
+        "private pages of a snapshot cannot be restored by {backend}: the host cannot write it, \
+         since up to Linux 7.2 KVM refuses GUEST_MEMFD_FLAG_INIT_SHARED to VMs with private \
+         memory; keep them in place"
     )]
     CannotRestore {
         /// The back-end.

@@ -85,6 +85,16 @@ fn contents_that_cannot_be_preserved_are_refused_beforehand() {
     assert!(error.contains("a fake cannot preserve"), "{error}");
 }
 
+/// A back-end that has two places moves nothing, and its private one cannot be filled.
+#[test]
+fn private_pages_that_nobody_could_fill_are_not_restored() {
+    let (fake, memory) = memory(Intent::Access);
+    let refused = memory.restore(0..PAGE_BYTES).expect_err("a fake cannot").to_string();
+    let names_all = refused.contains("restored by a fake") && refused.contains("INIT_SHARED");
+    assert!(names_all && refused.contains("keep them in place"), "{refused}");
+    assert!(fake.calls.lock().expect("no panic").is_empty() && memory.private_ranges().is_empty());
+}
+
 #[test]
 fn each_step_that_fails_is_told_with_what_stands() {
     let cases: [(&[&'static str], State, u64, &str); 5] = [

@@ -73,6 +73,12 @@ pub(crate) struct Parameters {
     pub(crate) call: [u64; 4],
     /// Of the program's own: cycles of the last conversion.
     pub(crate) cycles: u64,
+    /// Convert: the first 64-bit word of a page that is this vCPU's to fill and check.
+    pub(crate) part: u64,
+    /// Convert: how many words.
+    pub(crate) part_words: u64,
+    /// Convert: whether a word may be zero instead, since other vCPUs convert the page.
+    pub(crate) may_be_zero: u64,
 }
 
 const WORDS: usize = size_of::<Parameters>() / 8;
@@ -101,6 +107,9 @@ impl Parameters {
             self.call[2],
             self.call[3],
             self.cycles,
+            self.part,
+            self.part_words,
+            self.may_be_zero,
         ]
     }
 

@@ -225,7 +225,7 @@ std::arch::global_asm!(
     "    xor eax, eax",
     "    jmp 34b",
 
-    // checks page rbx against its tag
+    // checks page rbx, or this vCPU's part of it, against its tag
     "60: mov rdx, [r15 + {tags}]",
     "    mov eax, [rdx + rbx*4]",
     "    and eax, 0x7fffffff",
@@ -234,9 +234,15 @@ std::arch::global_asm!(
     "    call 75f",
     "61: mov rax, r8",
     "    imul rax, r9",
-    "    cmp rax, [rsi]",
-    "    jne 63f",
-    "    add r9, 2",
+    "    mov rdx, [rsi]",
+    "    cmp rax, rdx",
+    "    je 65f",
+    // Read once: another vCPU may just have had it zeroed.
+    "    test rdx, rdx",
+    "    jnz 63f",
+    "    cmp qword ptr [r15 + {may_be_zero}], 0",
+    "    je 63f",
+    "65: add r9, 2",
     "    add rsi, 8",
     "    dec ecx",
     "    jnz 61b",
@@ -262,14 +268,17 @@ std::arch::global_asm!(
     "    jnz 71b",
     "    ret",
 
-    // of tag eax and page rbx: word k is r8 * (r9 + 2k), at rsi; none for tag 0
+    // of tag eax and page rbx: ecx words of the part, from rsi on, of which word k of
+    // the page is r8 * (rdi + 2k), and r9 the first one's factor; none for tag 0
     "75: mov r8, rax",
     "    shl r8, 32",
     "    jz 76f",
     "    or r8, rbx",
-    "76: mov r9, rdi",
-    "    call 55f",
-    "    mov ecx, 4096 / 8",
+    "76: call 55f",
+    "    mov rcx, [r15 + {part}]",
+    "    lea r9, [rdi + rcx*2]",
+    "    lea rsi, [rsi + rcx*8]",
+    "    mov ecx, [r15 + {part_words}]",
     "    ret",
 
     // rsi: the address of page rbx, as of the kind it has
@@ -389,6 +398,9 @@ std::arch::global_asm!(
     failed = const offset_of!(Parameters, failed),
     call = const offset_of!(Parameters, call),
     cycles = const offset_of!(Parameters, cycles),
+    part = const offset_of!(Parameters, part),
+    part_words = const offset_of!(Parameters, part_words),
+    may_be_zero = const offset_of!(Parameters, may_be_zero),
     convert_port = const CONVERT_PORT,
     map_gpa_range = const HC_MAP_GPA_RANGE,
 );

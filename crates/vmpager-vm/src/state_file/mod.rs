@@ -125,7 +125,7 @@ impl VmState {
             ));
         }
         let memslots = match &self.guest {
-            Guest::Builtin(_) => Memslot::flat(bytes),
+            Guest::Builtin(_) => Memslot::of_builtin(bytes, self.private.is_some()),
             Guest::Linux(_) => Memslot::around_the_hole(bytes),
         };
         if self.memslots != memslots {

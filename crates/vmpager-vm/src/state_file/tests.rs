@@ -39,7 +39,7 @@ fn builtin() -> impl Strategy<Value = VmState> {
         let guest = Guest::Builtin(BuiltinState { seed, cpu, layout });
         proptest::option::of(kvm(vcpus.into(), false)).prop_map(move |kvm| VmState {
             memory_bytes,
-            memslots: Memslot::flat(memory_bytes),
+            memslots: Memslot::of_builtin(memory_bytes, true),
             guest: guest.clone(),
             kvm,
             private: Some(PrivateState {

@@ -17,7 +17,7 @@ use crate::report::Stalls;
 use crate::workload::Workload;
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
-const NONE_PRIVATE: VmError = VmError::NotPrivate {
+pub(super) const NONE_PRIVATE: VmError = VmError::NotPrivate {
     problem: "this VM's memory cannot be private; build it with `private` set",
 };
 
@@ -92,8 +92,8 @@ impl Vm {
     /// For benchmarks: the first vCPU does these conversions, or touches pages if
     /// there are none to do, while each of the others touches that many pages of its
     /// own that its VM has not mapped. How long the conversions took, and the touches
-    /// of the others. The guest is [prepared](Self::prepare) beforehand, and must be
-    /// again if something is converted.
+    /// of the others. What pages hold is not compared with anything; the guest must be
+    /// [prepared](Self::prepare) afterwards if something was converted.
     ///
     /// # Errors
     ///
@@ -150,7 +150,7 @@ impl Vm {
         workload: &ConvertWorkload,
         private: &PrivateMemory,
     ) -> Result<Duration, VmError> {
-        let Some(machine) = &mut self.machine else { return Err(NONE_PRIVATE) };
+        let Some(machine) = &self.machine else { return Err(NONE_PRIVATE) };
         let areas = split(self.layout.contents(), to_usize(self.layout.vcpus));
         let parts: Vec<_> = (0..)
             .zip(areas)
@@ -159,10 +159,15 @@ impl Vm {
         let gate = if workload.implicit { Gate::Touch } else { machine.gate() };
         self.device.ask_convert(&parts, private.preserves(), gate);
         let began = Instant::now();
+        self.run_conversions(private)?;
+        Ok(began.elapsed())
+    }
+
+    /// Has the guest do what it was left.
+    pub(super) fn run_conversions(&mut self, private: &PrivateMemory) -> Result<(), VmError> {
+        let Some(machine) = &mut self.machine else { return Err(NONE_PRIVATE) };
         machine.run()?;
-        let took = began.elapsed();
-        self.check_conversions(private)?;
-        Ok(took)
+        self.check_conversions(private)
     }
 
     /// Whether the guest was told of none that it failed.
@@ -174,7 +179,10 @@ impl Vm {
     }
 
     /// Memory that can be private, if the guest can ask for conversions so.
-    fn private_for(&self, workload: &ConvertWorkload) -> Result<Arc<PrivateMemory>, VmError> {
+    pub(super) fn private_for(
+        &self,
+        workload: &ConvertWorkload,
+    ) -> Result<Arc<PrivateMemory>, VmError> {
         let parts = self.memory.private.as_ref();
         if workload.implicit && parts.is_some_and(|parts| parts.shared_at() == 0) {
             return Err(VmError::NotPrivate {
@@ -186,7 +194,7 @@ impl Vm {
     }
 
     /// What pages hold is not known at first; which kind they are, is.
-    fn tag_pages(&mut self, private: &PrivateMemory) {
+    pub(super) fn tag_pages(&mut self, private: &PrivateMemory) {
         self.is_prepared = false;
         self.seed = None;
         self.tag_kinds(private);
@@ -235,7 +243,7 @@ impl Vm {
     }
 }
 
-fn pages_of(bytes: &Range<u64>) -> u64 {
+pub(super) fn pages_of(bytes: &Range<u64>) -> u64 {
     (bytes.end - bytes.start) / PAGE_SIZE
 }
 
