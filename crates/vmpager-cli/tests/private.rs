@@ -67,13 +67,20 @@ fn the_log_of_conversions_is_reported() {
 
 #[test]
 fn a_range_of_sizes_is_measured_against_the_bare_calls() {
-    let args = ["bench", "convert", "--conversions", "4", "--rounds", "1", "--json"];
-    let Some(report) = json(&args) else { return };
+    let small = ["--conversions", "4", "--rounds", "1", "--faults", "200", "--json"];
+    let Some(report) = json(&[&["bench", "convert"][..], &small].concat()) else { return };
     let rows = report["rows"].as_array().unwrap();
     let sizes: Vec<_> = rows.iter().take(5).map(|row| row["bytes"].as_u64().unwrap()).collect();
     assert_eq!(sizes, [4096, 65_536, 524_288, 2 << 20, (2 << 20) + 4096]);
     for row in rows {
         for key in ["conversion_us", "bare_us", "ratio_bare", "others_p99_us", "ratio_others"] {
+            assert!(row[key].as_f64().is_some_and(|number| number > 0.0), "{key}: {row}");
+        }
+    }
+    let never = report["never_converting"].as_array().unwrap();
+    assert!(!never.is_empty());
+    for row in never {
+        for key in ["kfaults_s", "plain_memfd_kfaults_s", "plain_anonymous_kfaults_s"] {
             assert!(row[key].as_f64().is_some_and(|number| number > 0.0), "{key}: {row}");
         }
     }

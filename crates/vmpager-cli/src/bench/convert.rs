@@ -5,11 +5,14 @@
 //! the VMM and back included; the pages were filled before, so that there is
 //! something to discard. Bare, the VMM answers by the same calls, and keeps no
 //! account of anything. Where an access can ask (private pages by address), ranges
-//! are also converted so, page by page. Meanwhile a second vCPU touches pages that are in memory
-//! and not mapped: how long that takes is compared with the same while the first
-//! vCPU touches pages, too.
+//! are also converted so, page by page. Meanwhile a second vCPU touches pages that are
+//! in memory and not mapped: how long that takes is compared with the same while the
+//! first vCPU touches pages, too. VMs that never convert are compared with plain ones.
+
+mod never;
 
 use anyhow::Context;
+use never::NeverRow;
 use serde::Serialize;
 use vmpager_kvm::probe;
 use vmpager_vm::{ConvertWorkload, Cpu, PrivateBackend, PrivateConfig, Stalls, Vm, VmConfig};
@@ -22,7 +25,13 @@ use crate::{output, size};
 #[command(after_help = "Example:\n  vmpager bench convert --rounds 5 --json\n\n\
     Rounds are interleaved; each number is the median of its rounds. guest_memfd, and\n\
     guests whose accesses ask for conversions (a fault for each page), need a KVM with\n\
-    software-protected VMs; elsewhere private pages stay in place.")]
+    software-protected VMs; elsewhere private pages stay in place.\n\n\
+    Keys of --json: a row has the mean time of a conversion, both ways (conversion_us),\n\
+    and by the bare calls (bare_us); and the 99th percentile of another vCPU's faults\n\
+    meanwhile (others_p99_us), and while nothing is converted (others_alone_p99_us). A row\n\
+    of never_converting has the faults served a second (in thousands) of VMs restored\n\
+    lazily: one that could have private pages and has none, and plain ones, with memory\n\
+    of a memfd as the first has, and anonymous. Ratios to these: above 1 is better.")]
 pub(crate) struct ConvertArgs {
     /// Conversions of each size in a round.
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(2..=4096))]
@@ -30,6 +39,13 @@ pub(crate) struct ConvertArgs {
     /// Rounds.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
+    /// Ranges to convert: whole pages, at most 2 MiB + 4 KiB.
+    #[arg(long, value_name = "SIZE,...", value_delimiter = ',', value_parser = range,
+        default_value = "4K,64K,512K,2M,2052K")]
+    sizes: Vec<u64>,
+    /// Faults of another vCPU meanwhile, and of each VM that never converts.
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..=2000))]
+    faults: u64,
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,
@@ -39,7 +55,9 @@ pub(crate) struct ConvertArgs {
 struct Report {
     conversions: u64,
     rounds: u32,
+    faults: u64,
     rows: Vec<Row>,
+    never_converting: Vec<NeverRow>,
 }
 
 #[derive(Debug, Serialize)]
@@ -70,8 +88,16 @@ struct Way {
     implicit: bool,
 }
 
-/// 4 KiB to 2 MiB + 4 KiB.
-const PAGES: [u64; 5] = [1, 16, 128, 512, 513];
+fn range(text: &str) -> Result<u64, String> {
+    let bytes = size::parse(text)?;
+    if bytes.is_multiple_of(PAGE) && (1..=513).contains(&(bytes / PAGE)) {
+        Ok(bytes)
+    } else {
+        Err(format!("{bytes} bytes are no range; use a multiple of 4096 up to 2052K"))
+    }
+}
+
+const PAGE: u64 = 4096;
 
 /// What one round measures.
 #[derive(Clone, Copy, Debug)]
@@ -83,39 +109,51 @@ struct Measured {
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> anyhow::Result<()> {
-    let mut ways = vec![Way { backend: PrivateBackend::InPlace, implicit: false }];
+    let mut backends = vec![PrivateBackend::InPlace];
     if probe::kvm()?.exact_memory_faults() {
-        ways.insert(0, Way { backend: PrivateBackend::GuestMemfd, implicit: false });
-        let backend = PrivateBackend::ByAddress;
-        ways.extend([false, true].map(|implicit| Way { backend, implicit }));
+        backends.insert(0, PrivateBackend::GuestMemfd);
+        backends.push(PrivateBackend::ByAddress);
+    }
+    let mut ways: Vec<Way> =
+        backends.iter().map(|backend| Way { backend: *backend, implicit: false }).collect();
+    if let Some(backend) = backends.iter().find(|b| **b == PrivateBackend::ByAddress) {
+        ways.push(Way { backend: *backend, implicit: true });
     }
     let mut rows = Vec::new();
     for way in ways {
-        for pages in PAGES {
-            rows.push(row(args, way, pages)?);
-        }
+        rows.extend(measure(args, way)?);
     }
-    let report = Report { conversions: args.conversions, rounds: args.rounds, rows };
+    let never_converting = never::rows(&backends, args.rounds, args.faults)?;
+    let &ConvertArgs { conversions, rounds, faults, .. } = args;
+    let report = Report { conversions, rounds, faults, rows, never_converting };
     if args.json { output::json(&report) } else { show(&report) }
 }
 
-fn row(args: &ConvertArgs, way: Way, pages: u64) -> anyhow::Result<Row> {
-    let rounds = (0..args.rounds).map(|seed| one_round(args, way, pages, seed.into()));
-    let rounds = rounds.collect::<anyhow::Result<Vec<Measured>>>()?;
+/// A row for each size.
+fn measure(args: &ConvertArgs, way: Way) -> anyhow::Result<Vec<Row>> {
+    let mut measured = vec![Vec::new(); args.sizes.len()];
+    for seed in 0..args.rounds {
+        // After each size all pages are shared again.
+        let mut vm = build(Some(way.backend), 2)?;
+        let mut bare_vm = build(Some(way.backend), 2)?;
+        bare_vm.private().context("private memory")?.answer_by_bare_calls();
+        for (bytes, rounds) in args.sizes.iter().zip(&mut measured) {
+            let workload = workload(args, way, bytes / PAGE, seed.into());
+            rounds.push(one_round(&workload, args.faults, &mut vm, &mut bare_vm)?);
+        }
+    }
+    Ok(args.sizes.iter().zip(&measured).map(|(bytes, rounds)| row(way, *bytes, rounds)).collect())
+}
+
+fn row(way: Way, bytes: u64, rounds: &[Measured]) -> Row {
     let all = |what: fn(&Measured) -> f64| median(rounds.iter().map(what));
     let (conversion_us, bare_us) = (all(|r| r.conversion_us), all(|r| r.bare_us));
     let others = all(|r| r.others_p99_us);
     let alone = all(|r| r.others_alone_p99_us);
-    let name = match way.backend {
-        PrivateBackend::GuestMemfd => "guest_memfd",
-        PrivateBackend::InPlace | PrivateBackend::Auto => "memory in place",
-        PrivateBackend::MappedGuestMemfd => "guest_memfd in place",
-        PrivateBackend::ByAddress => "by address",
-    };
-    Ok(Row {
-        backend: name,
+    Row {
+        backend: name(way.backend),
         asked_by: if way.implicit { "access" } else { "hypercall" },
-        bytes: pages * 4096,
+        bytes,
         conversion_us: round(conversion_us),
         conversions_per_s: round(1e6 / conversion_us),
         bare_us: round(bare_us),
@@ -123,23 +161,44 @@ fn row(args: &ConvertArgs, way: Way, pages: u64) -> anyhow::Result<Row> {
         others_p99_us: round(others),
         others_alone_p99_us: round(alone),
         ratio_others: round(others / alone),
-    })
+    }
 }
 
-fn one_round(args: &ConvertArgs, way: Way, pages: u64, seed: u64) -> anyhow::Result<Measured> {
-    let Way { backend, implicit } = way;
-    // As many faults as there are hypercalls, and each way once.
-    let conversions = if implicit { (args.conversions / pages).max(2) } else { args.conversions };
-    let sizes = vec![pages];
-    let workload = ConvertWorkload { conversions, seed, sizes, implicit, to_and_fro: true };
+fn name(backend: PrivateBackend) -> &'static str {
+    match backend {
+        PrivateBackend::GuestMemfd => "guest_memfd",
+        PrivateBackend::InPlace | PrivateBackend::Auto => "memory in place",
+        PrivateBackend::MappedGuestMemfd => "guest_memfd in place",
+        PrivateBackend::ByAddress => "by address",
+    }
+}
+
+/// Each way as often, so that all is shared in the end.
+fn workload(args: &ConvertArgs, way: Way, pages: u64, seed: u64) -> ConvertWorkload {
+    let conversions = match way.implicit {
+        // About as many faults as there are hypercalls.
+        true => (args.conversions / pages).max(args.conversions / 25),
+        false => args.conversions,
+    };
+    ConvertWorkload {
+        conversions: conversions.next_multiple_of(2).max(2),
+        seed,
+        sizes: vec![pages],
+        implicit: way.implicit,
+        to_and_fro: true,
+    }
+}
+
+fn one_round(
+    workload: &ConvertWorkload,
+    faults: u64,
+    vm: &mut Vm,
+    bare_vm: &mut Vm,
+) -> anyhow::Result<Measured> {
     let idle = ConvertWorkload { conversions: 0, ..workload.clone() };
-    let mut vm = build(backend)?;
-    let touches = (vm.content_pages() / 2).min(2000);
-    let (_, alone) = vm.time_conversions(&idle, touches)?;
-    let (converted, others) = vm.time_conversions(&workload, touches)?;
-    let mut bare_vm = build(backend)?;
-    bare_vm.private().context("private memory")?.answer_by_bare_calls();
-    let (bare, _) = bare_vm.time_conversions(&workload, touches)?;
+    let (_, alone) = vm.time_conversions(&idle, faults)?;
+    let (converted, others) = vm.time_conversions(workload, faults)?;
+    let (bare, _) = bare_vm.time_conversions(workload, faults)?;
     Ok(Measured {
         conversion_us: both_ways_us(&converted),
         bare_us: both_ways_us(&bare),
@@ -157,18 +216,13 @@ fn both_ways_us(stalls: &Stalls) -> f64 {
     (way(0) + way(1)) / 2.0
 }
 
-fn build(backend: PrivateBackend) -> anyhow::Result<Vm> {
-    let private = Some(PrivateConfig { backend, ..PrivateConfig::default() });
-    let config = VmConfig {
-        memory_bytes: 16 << 20,
-        cpu: Cpu::Kvm,
-        vcpus: 2,
-        private,
-        ..VmConfig::default()
-    };
-    let mut vm = Vm::build(&config)?;
-    vm.prepare()?;
-    Ok(vm)
+const MEMORY: u64 = 16 << 20;
+
+fn build(backend: Option<PrivateBackend>, vcpus: u64) -> anyhow::Result<Vm> {
+    let private = backend.map(|backend| PrivateConfig { backend, ..PrivateConfig::default() });
+    let memory_bytes = MEMORY;
+    let config = VmConfig { memory_bytes, cpu: Cpu::Kvm, vcpus, private, ..VmConfig::default() };
+    Ok(Vm::build(&config)?)
 }
 
 fn show(report: &Report) -> anyhow::Result<()> {
@@ -198,5 +252,5 @@ fn show(report: &Report) -> anyhow::Result<()> {
             row.ratio_others
         ))?;
     }
-    Ok(())
+    never::show(&report.never_converting)
 }

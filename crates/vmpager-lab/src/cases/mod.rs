@@ -155,6 +155,14 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case("host", "pages_are_converted_in_place", 120, private::pages_are_converted_in_place),
     case("host", "pages_are_converted_by_accesses", 120, private::pages_are_converted_by_accesses),
+    case("host", "vcpus_convert_the_same_pages", 240, private::vcpus_convert_the_same_pages),
+    case(
+        "matrix",
+        "bench_convert_measures_every_way",
+        240,
+        private::bench_convert_measures_every_way,
+    ),
+    case("long", "bench_convert_in_full", 1800, private::bench_convert_in_full),
     case("apf", "saved_with_tasks_asleep_it_goes_on", 120, apf::saved_with_tasks_asleep_it_goes_on),
     case(
         "apf",

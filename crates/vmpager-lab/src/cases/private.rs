@@ -1,14 +1,16 @@
 //! Private guest memory: the built-in guest converts pages to and fro, and every
 //! byte of them is checked, in the guest and by the host.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use serde_json::Value;
+use vmpager_kvm::private::ConversionStats;
 use vmpager_kvm::probe;
 use vmpager_vm::{
-    ConvertWorkload, Cpu, InProcess, PrivateBackend, PrivateConfig, RestoreMemory, SnapshotPaths,
-    Vm, VmConfig, VmError, Workload,
+    ConvertWorkload, ConvertedContents, Cpu, InProcess, PrivateBackend, PrivateConfig,
+    RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig, VmError, Workload,
 };
 
 use super::Lab;
@@ -70,6 +72,44 @@ fn in_a_mapped_guest_memfd(lab: &Lab) -> anyhow::Result<()> {
     is_right(&mut restored)
 }
 
+/// All vCPUs convert the same pages: nobody sees what was, or another's.
+pub(super) fn vcpus_convert_the_same_pages(lab: &Lab) -> anyhow::Result<()> {
+    run_guests_here(lab)?;
+    // vCPUs that take turns prove little: until one has waited for another.
+    races(PrivateBackend::Auto, ConvertedContents::Zero, |stats| stats.waited > 0)?;
+    if best_backend()? == "guest_memfd" {
+        for contents in [ConvertedContents::Zero, ConvertedContents::Preserve] {
+            // Each asks by hypercalls, and accesses ask again for what others converted.
+            races(PrivateBackend::ByAddress, contents, |stats| stats.implicit > 0)?;
+        }
+    }
+    Ok(())
+}
+
+fn races(
+    backend: PrivateBackend,
+    contents: ConvertedContents,
+    have_met: fn(&ConversionStats) -> bool,
+) -> anyhow::Result<()> {
+    let mut vm = vm_with(PrivateConfig { backend, contents }, VCPUS)?;
+    for seed in 1..200 {
+        let mut workload = ConvertWorkload { conversions: 8, seed, ..ConvertWorkload::default() };
+        if backend == PrivateBackend::ByAddress {
+            // Each page that another converts is a fault.
+            workload.sizes.retain(|pages| *pages <= 64);
+        }
+        let report = vm.race(&workload)?;
+        ensure!((report.mismatches, report.host_mismatches) == (0, 0), "{report:?}");
+        let stats = vm.private().context("private memory")?.stats();
+        ensure!((stats.undone, stats.stands, stats.refused) == (0, 0, 0), "{stats:?}");
+        if have_met(&stats) {
+            println!("{backend:?}, {contents:?}: {report:?}, {stats:?}");
+            return Ok(());
+        }
+    }
+    bail!("{backend:?}, {contents:?}: no vCPU ever met another")
+}
+
 fn refused(backend: PrivateBackend, reason: &str) -> anyhow::Result<()> {
     let told = small_vm(backend).err().with_context(|| format!("{backend:?} was made"))?;
     ensure!(told.to_string().contains(reason), "{told}");
@@ -77,15 +117,12 @@ fn refused(backend: PrivateBackend, reason: &str) -> anyhow::Result<()> {
 }
 
 fn small_vm(backend: PrivateBackend) -> anyhow::Result<Vm> {
-    let private = Some(PrivateConfig { backend, ..PrivateConfig::default() });
-    let config = VmConfig {
-        memory_bytes: 16 << 20,
-        cpu: Cpu::Kvm,
-        vcpus: 2,
-        private,
-        ..VmConfig::default()
-    };
-    Ok(Vm::build(&config)?)
+    vm_with(PrivateConfig { backend, ..PrivateConfig::default() }, 2)
+}
+
+fn vm_with(private: PrivateConfig, vcpus: u64) -> anyhow::Result<Vm> {
+    let (memory_bytes, cpu, private) = (16 << 20, Cpu::Kvm, Some(private));
+    Ok(Vm::build(&VmConfig { memory_bytes, cpu, vcpus, private, ..VmConfig::default() })?)
 }
 
 /// Every page, by the guest and by the host.
@@ -152,6 +189,9 @@ pub(super) fn restored_lazily_pages_are_converted(lab: &Lab) -> anyhow::Result<(
         }
         let snapshot = save(&mut vm)?;
         let ranges = vm.private().map(|private| private.private_ranges());
+        if backend == PrivateBackend::InPlace {
+            cannot_be_filled(&snapshot)?;
+        }
         for background_fill in [false, true] {
             let lazily =
                 RestoreMemory::InProcess(InProcess { background_fill, ..InProcess::default() });
@@ -169,7 +209,76 @@ pub(super) fn restored_lazily_pages_are_converted(lab: &Lab) -> anyhow::Result<(
     Ok(())
 }
 
-fn save(vm: &mut Vm) -> anyhow::Result<vmpager_vm::Snapshot> {
+/// Private pages of a snapshot do not come back in a guest_memfd that the host cannot
+/// write.
+fn cannot_be_filled(snapshot: &Snapshot) -> anyhow::Result<()> {
+    let reason = match best_backend()? {
+        "guest_memfd" => "KVM refuses GUEST_MEMFD_FLAG_INIT_SHARED",
+        _ => "no software-protected VMs",
+    };
+    let lazily = RestoreMemory::InProcess(InProcess::default());
+    for memory in [RestoreMemory::Eager, lazily] {
+        let restored = Vm::restore_with(snapshot, memory, Cpu::Kvm, PrivateBackend::GuestMemfd);
+        let told = restored.err().context("private pages were restored")?.to_string();
+        ensure!(told.contains(reason), "{told}");
+    }
+    Ok(())
+}
+
+/// Only that all ways are measured: times mean little here.
+pub(super) fn bench_convert_measures_every_way(lab: &Lab) -> anyhow::Result<()> {
+    let few = ["--conversions", "2", "--rounds", "1", "--faults", "20", "--sizes", "4K,64K"];
+    bench_convert(lab, &few, &[4 << 10, 64 << 10]).map(drop)
+}
+
+/// What it says of itself, to be looked at.
+pub(super) fn bench_convert_in_full(lab: &Lab) -> anyhow::Result<()> {
+    let some = ["--conversions", "100", "--rounds", "3", "--faults", "500"];
+    let sizes = [4 << 10, 64 << 10, 512 << 10, 2 << 20, (2 << 20) + 4096];
+    let report = bench_convert(lab, &some, &sizes)?;
+    let rows = [&report["rows"], &report["never_converting"]];
+    rows.iter().filter_map(|rows| rows.as_array()).flatten().for_each(|row| println!("{row}"));
+    Ok(())
+}
+
+fn bench_convert(lab: &Lab, more: &[&str], sizes: &[u64]) -> anyhow::Result<Value> {
+    let mut command = guest_command(lab, &lab.vmpager);
+    command.args(["bench", "convert", "--json"]).args(more);
+    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}: {error}", output.status);
+    let report: Value = serde_json::from_slice(&output.stdout).context("its report")?;
+    let rows = |key: &str| report[key].as_array().with_context(|| format!("no {key}: {report}"));
+    let (rows, never) = (rows("rows")?, rows("never_converting")?);
+    let mut ways = vec![("memory in place", "hypercall")];
+    if best_backend()? == "guest_memfd" {
+        ways.insert(0, ("guest_memfd", "hypercall"));
+        ways.extend([("by address", "hypercall"), ("by address", "access")]);
+    }
+    let rows_of = |(by, asked)| sizes.iter().map(move |bytes| (by, asked, *bytes));
+    let wanted: Vec<_> = ways.iter().copied().flat_map(rows_of).collect();
+    let found: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            let text = |key: &str| row[key].as_str().unwrap_or_default();
+            (text("backend"), text("asked_by"), row["bytes"].as_u64().unwrap_or_default())
+        })
+        .collect();
+    ensure!(found == wanted, "{found:?}");
+    let is_measured = |row: &Value, keys: &[&str]| {
+        keys.iter().all(|key| row[key].as_f64().is_some_and(|number| number > 0.0))
+    };
+    let times = ["conversion_us", "bare_us", "ratio_bare", "others_p99_us", "ratio_others"];
+    ensure!(rows.iter().all(|row| is_measured(row, &times)), "{rows:?}");
+    let backends: BTreeSet<&str> = ways.iter().map(|(by, _)| *by).collect();
+    let named: BTreeSet<&str> = never.iter().filter_map(|row| row["backend"].as_str()).collect();
+    ensure!(named == backends && never.len() == named.len(), "{never:?}");
+    let rates = ["kfaults_s", "plain_memfd_kfaults_s", "plain_anonymous_kfaults_s"];
+    ensure!(never.iter().all(|row| is_measured(row, &rates)), "{never:?}");
+    Ok(report)
+}
+
+fn save(vm: &mut Vm) -> anyhow::Result<Snapshot> {
     vm.prepare()?;
     Ok(vm.snapshot(&SnapshotPaths::in_dir("."))?)
 }
