@@ -150,7 +150,7 @@ pub(crate) const ALL: &[Case] = &[
     case(
         "host",
         "restored_lazily_pages_are_converted",
-        120,
+        240,
         private::restored_lazily_pages_are_converted,
     ),
     case("host", "pages_are_converted_in_place", 120, private::pages_are_converted_in_place),
