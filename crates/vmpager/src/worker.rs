@@ -33,6 +33,11 @@ use crate::stats::{EndReason, MemoryNumbers};
 /// What a worker is told.
 #[derive(Debug)]
 pub(crate) enum Command {
+    /// Serve nobody from now on, but do whatever else is said: others are being taken
+    /// over, who wait longest as it is, and would have to share the CPUs.
+    Hold,
+    /// Serve again.
+    GoOn,
     /// Serve this memory.
     Serve(Box<Served>),
     /// The process it belongs to has exited, as far as its pidfd tells.
@@ -210,6 +215,7 @@ pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
         placement: Placement::new(),
         fill_turn: 0,
         demanded: false,
+        held: false,
     };
     let thread = std::thread::Builder::new().name(config.name).spawn(move || {
         let _guard = AbortOnPanic;
@@ -253,6 +259,8 @@ struct Worker {
     placement: Placement,
     /// Faults were served since the last step of the fill.
     demanded: bool,
+    /// It does as it is told and serves nobody.
+    held: bool,
 }
 
 /// Why the worker's loop may go on without sleeping.
@@ -353,7 +361,9 @@ impl Worker {
 
     fn obey(&mut self) {
         loop {
-            match self.inbox.try_recv() {
+            match self.next_command() {
+                Ok(Command::Hold) => self.held = true,
+                Ok(Command::GoOn) => self.held = false,
                 Ok(Command::Serve(memory)) => self.take_in(*memory),
                 Ok(Command::PeerExited(id)) => {
                     let Some(memory) = self.memories.get(&id) else { continue };
@@ -390,6 +400,7 @@ impl Worker {
                 }
                 Ok(Command::Stop { until, poison }) => {
                     self.filling.clear();
+                    self.held = false;
                     self.stopping = Some((until, poison));
                 }
                 Err(TryRecvError::Empty) => return,
@@ -398,6 +409,14 @@ impl Worker {
                     return;
                 }
             }
+        }
+    }
+
+    /// What it is told next, if anything. While it is held, it waits for that.
+    fn next_command(&self) -> Result<Command, TryRecvError> {
+        match self.held {
+            true => self.inbox.recv().map_err(|_| TryRecvError::Disconnected),
+            false => self.inbox.try_recv(),
         }
     }
 

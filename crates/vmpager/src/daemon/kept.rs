@@ -64,6 +64,10 @@ impl Daemon {
     /// gone.
     pub fn kept(config: DaemonConfig, keeper: KeeperLink) -> Result<Self, DaemonError> {
         let workers = Workers::start(&config)?;
+        // Until all there is has been taken over.
+        for worker in &workers.workers {
+            worker.tell(Command::Hold);
+        }
         let ready = [layout(), config.source.fingerprint(), 0];
         send(&keeper.channel, Kind::Ready, ready, &[])?;
         Self::new(config, Front::Keeper { channel: keeper.channel, told_all: false }, workers)
@@ -121,6 +125,7 @@ impl Daemon {
             Kind::Memory => self.take_over(id, MemoryId(number), message.three()?, watcher),
             Kind::Door | Kind::Guest => self.find_door(id, message)?,
             Kind::Known => {
+                self.go_on();
                 if let Front::Keeper { told_all, .. } = &mut self.front {
                     *told_all = true;
                 }
@@ -208,7 +213,15 @@ impl Daemon {
         }
     }
 
+    /// Has served what was taken over.
+    fn go_on(&self) {
+        for worker in &self.workers {
+            worker.tell(Command::GoOn);
+        }
+    }
+
     fn keeper_is_gone(&mut self) {
+        self.go_on();
         if let Some(channel) = self.front.events() {
             let _ = epoll::delete(&self.epoll, channel);
         }
