@@ -21,6 +21,7 @@
 //! One fault's way through these files is told in `ARCHITECTURE.md`.
 #![forbid(unsafe_code)]
 
+mod arrival;
 pub mod attach;
 pub mod daemon;
 pub mod handshake;

@@ -18,7 +18,7 @@ pub(crate) struct MemoryId(pub(crate) u64);
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Waiter {
     pub(crate) page: u64,
-    /// When the fault was read.
+    /// When the fault can have come at the earliest.
     pub(crate) since: Instant,
 }
 

@@ -59,7 +59,7 @@ pub(crate) struct Counters {
     pub(crate) profile_took: Option<Duration>,
     /// All stalls together, in ns.
     pub(crate) stall_nanos: u64,
-    /// From the moment a fault was read to its page's install, in ns.
+    /// From when a fault can have come at the earliest to its page's install, in ns.
     stalls: Histogram<u64>,
 }
 
@@ -105,7 +105,7 @@ impl Counters {
         self.pages_zero += zeroes;
     }
 
-    /// So many faults that were read at `since` have their pages.
+    /// So many faults that can have come `since` then have their pages.
     pub(crate) fn stalled(&mut self, since: Instant, faults: u64) {
         let nanos = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.stalls.saturating_record_n(nanos, faults);
@@ -211,7 +211,8 @@ pub struct SessionSummary {
     pub pages_missing: u64,
     /// Bytes taken from the source.
     pub bytes_read: u64,
-    /// Median time from taking a fault up to its install, in microseconds.
+    /// Median time that somebody waited for a page, in microseconds: from the last
+    /// look that found nobody, to the install.
     pub stall_p50_us: f64,
     /// Its 99th percentile.
     pub stall_p99_us: f64,

@@ -22,6 +22,7 @@ use vmpager_core::{PageRun, PageSource, SourceError};
 
 pub(crate) use self::sharing::Sharing;
 use self::turns::Hot;
+use crate::arrival::Asked;
 use crate::metrics::SourceStats;
 use crate::placement::Placement;
 use crate::polling::Polling;
@@ -215,6 +216,7 @@ pub(crate) fn spawn(config: WorkerConfig) -> Result<WorkerHandle, WorkerError> {
         placement: Placement::new(),
         fill_turn: 0,
         demanded: false,
+        asked: Asked::new(),
         held: false,
     };
     let thread = std::thread::Builder::new().name(config.name).spawn(move || {
@@ -259,6 +261,8 @@ struct Worker {
     placement: Placement,
     /// Faults were served since the last step of the fill.
     demanded: bool,
+    /// Who waits.
+    asked: Asked,
     /// It does as it is told and serves nobody.
     held: bool,
 }
@@ -322,13 +326,16 @@ impl Worker {
         let sleeping = timeout != Some(Duration::ZERO);
         let timeout = timeout.map(|t| Timespec::try_from(t).unwrap_or_default());
         ready.clear();
+        let from = Instant::now();
         match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(ready), timeout.as_ref()) {
             Err(rustix::io::Errno::INTR) => return Ok(()),
             other => other?,
         };
+        let now = Instant::now();
         if sleeping && !ready.is_empty() {
-            self.polling.woken(Instant::now());
+            self.polling.woken(now);
         }
+        let earliest = self.asked.answered(from, now, ready.len() < ready.capacity());
         for event in ready.iter() {
             match event.data.u64() {
                 DOORBELL => {
@@ -338,7 +345,7 @@ impl Worker {
                 READER => self.complete_reads(),
                 id => {
                     let failing = { event.flags }.contains(epoll::EventFlags::ERR);
-                    self.look_at(MemoryId(id), failing);
+                    self.look_at(MemoryId(id), failing, earliest);
                 }
             }
         }
@@ -347,7 +354,10 @@ impl Worker {
     }
 
     /// A memory has something to say.
-    fn look_at(&mut self, id: MemoryId, failing: bool) {
+    fn look_at(&mut self, id: MemoryId, failing: bool, earliest: Instant) {
+        if let Some(memory) = self.memories.get_mut(&id) {
+            memory.nobody_waited_at(earliest);
+        }
         if failing && self.memories.get(&id).is_some_and(Served::is_blocking) {
             let why = "the VMM made its userfaultfd blocking; O_NONBLOCK must stay set";
             self.lose(id, Lost::Failed(why.into()));

@@ -177,6 +177,27 @@ fn a_vm_with_many_threads_does_not_starve_another() {
     }
 }
 
+/// The kernel does not say when a fault came. What it waited while the worker was busy
+/// with another VM is a stall all the same.
+#[test]
+fn a_stall_includes_the_wait_for_a_busy_worker() {
+    begin!();
+    const HELD: Duration = Duration::from_millis(100);
+    let source = Gated::new(3);
+    let daemon = Running::start(source.clone(), one_worker);
+    let (vm, gate) = (Vm::new(&daemon, 0, 2), Vm::new(&daemon, 2, 1));
+    let mut threads = vec![gate.touch(0)];
+    eventually("the worker is at the gate", || source.order() == [2]);
+    threads.push(vm.touch(0));
+    vm.wait_for_pending(1);
+    std::thread::sleep(HELD);
+    source.open();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    let ended = daemon.stop();
+    let summary = ended.iter().find(|ended| ended.memory_bytes == 2 * PAGE as u64).unwrap();
+    assert!(summary.stall_max_us >= 1e6 * HELD.as_secs_f64(), "{summary:?}");
+}
+
 /// Two VMs that are filled get pages in turns.
 #[test]
 fn a_fill_does_not_keep_another_from_beginning() {

@@ -54,6 +54,7 @@ pub(crate) use self::outside::{View, ViewId};
 use self::record::{Flag, Record};
 pub(crate) use self::record::{RecordError, State, VERSION as RECORD_VERSION};
 pub(crate) use self::turn::Turn;
+use crate::arrival::Arrival;
 use crate::kill;
 use crate::reads::{MemoryId, Reads, Waiter};
 use crate::shared::{Serving, Shared};
@@ -118,7 +119,7 @@ struct Pending {
     hva: Hva,
     /// Whose view it came by, if by one.
     view: Option<ViewId>,
-    /// When it was read.
+    /// When it can have come at the earliest.
     since: Instant,
 }
 
@@ -157,6 +158,7 @@ pub(crate) struct Served {
     asleep: Option<Asleep>,
     /// What others who install pages know, if there are any.
     shared: Option<Arc<Shared>>,
+    arrival: Arrival,
     /// Other processes.
     outside: Outside,
     /// Who has huge pages made, if they are.
@@ -223,6 +225,7 @@ impl Served {
             woken: None,
             asleep: None,
             shared: None,
+            arrival: Arrival::new(),
             outside: Outside::default(),
             huge: None,
             threads: None,
@@ -305,6 +308,11 @@ impl Served {
         }
     }
 
+    /// Nobody waited at this time, or the worker would have been told.
+    pub(crate) fn nobody_waited_at(&mut self, at: Instant) {
+        self.arrival.nobody_at(at);
+    }
+
     /// Whether the process still has the memory.
     pub(crate) fn is_alive(&self) -> bool {
         self.engine
@@ -367,14 +375,20 @@ impl Served {
         Ok(())
     }
 
-    /// Reads one batch: removals are applied at once, faults queued.
-    fn read_events(&mut self) -> Result<(), Lost> {
+    /// Reads one batch: removals are applied at once, faults queued. Returns when it
+    /// looked.
+    fn read_events(&mut self) -> Result<Instant, Lost> {
         let shared = self.shared.clone();
         let _gate = shared.as_ref().map(|shared| shared.applying());
+        let now = Instant::now();
+        self.arrival.look(now);
+        let since = self.arrival.since();
         self.uffd
             .read(&mut self.messages)
             .map_err(|e| Lost::Failed(format!("reading the userfaultfd: {e}")))?;
-        let since = Instant::now();
+        if self.messages.len() == Messages::BATCH {
+            self.arrival.left_some();
+        }
         kill::point("read");
         let mut protected = Vec::new();
         for message in self.messages.drain() {
@@ -415,7 +429,8 @@ impl Served {
         self.messages.clear();
         kill::point("cleared");
         protected.into_iter().for_each(|hva| self.let_write(hva));
-        self.read_outside()
+        self.read_outside()?;
+        Ok(now)
     }
 
     fn fault(&mut self, hva: Hva, since: Instant, reads: &mut Reads) -> Result<(), Lost> {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tracing::{error, warn};
 use vmpager_core::queue::Taken;
 use vmpager_core::{Content, Hva, MapSlot, PageRun, PageSize, SlotSet};
-use vmpager_sys::uffd::{Features, Message, Stop, Userfaultfd};
+use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
 
 use super::install::{Put, PutEnd};
 use super::{Lost, Pending, Served};
@@ -165,9 +165,12 @@ impl Served {
         for at in 0..self.outside.views.len() {
             self.read_view(at)?;
         }
-        for _ in 0..BATCH {
+        for taken_so_far in 1..=BATCH {
             let Some((queue, slots)) = &self.outside.queue else { break };
             let Some(taken) = queue.take() else { break };
+            if taken_so_far == BATCH {
+                self.arrival.left_some();
+            }
             let wanted = page_of(slots, taken.gfn);
             match wanted.filter(|page| !self.engine.map().is_present(*page)) {
                 Some(page) => {
@@ -191,6 +194,9 @@ impl Served {
         if let Err(error) = view.uffd.read(&mut self.messages) {
             warn!("reading the userfaultfd of another process: {error}; it is served no longer");
             view.broken = true;
+        }
+        if self.messages.len() == Messages::BATCH {
+            self.arrival.left_some();
         }
         kill::point("view read");
         let messages: Vec<Message> = self.messages.drain().collect();
@@ -255,7 +261,7 @@ impl Served {
     fn demand(&mut self, page: u64, view: Option<ViewId>) {
         self.counters.faults += 1;
         let (hva, _) = self.address(PageRun::new(page, 1));
-        self.faults.push_back(Pending { hva, view, since: Instant::now() });
+        self.faults.push_back(Pending { hva, view, since: self.arrival.since() });
     }
 
     /// From now on vCPUs exit on missing pages.

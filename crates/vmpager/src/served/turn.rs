@@ -26,8 +26,7 @@ impl Served {
     /// Serves up to `most` of the faults that are pending, and those put off that are
     /// due.
     pub(crate) fn serve(&mut self, reads: &mut Reads, most: usize) -> Result<Turn, Lost> {
-        self.read_events()?;
-        let now = Instant::now();
+        let now = self.read_events()?;
         let mut any = false;
         // First: what has to wait now sets when it is tried again.
         if self.retry.at.is_some_and(|at| at <= now) {
