@@ -10,7 +10,8 @@ use clap::ValueEnum;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use vmpager_vm::{
-    Cpu, CpuKind, InProcess, LinuxVm, Order, RestoreMemory, Snapshot, SnapshotPaths, Vm, Workload,
+    Cpu, CpuKind, InProcess, LinuxVm, OnRefusal, Order, RestoreMemory, Snapshot, SnapshotPaths, Vm,
+    Workload,
 };
 
 use crate::output;
@@ -136,6 +137,7 @@ pub(crate) fn run(args: &VmProcessArgs) -> anyhow::Result<()> {
         RestoreBy::Pager => RestoreMemory::OnDemand {
             socket: args.socket.clone().context("--restore pager needs --socket")?,
             huge_pages: false,
+            refused: OnRefusal::default(),
         },
     };
     if snapshot.is_linux() {

@@ -7,7 +7,7 @@ mod vms;
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
-use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::io::{ErrorKind, IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -19,6 +19,7 @@ use std::time::Duration;
 use rustix::fs::Gid;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Resource, Rlimit, Signal, Uid, getrlimit, setrlimit};
+use vmpager::refusal;
 use vmpager_sys::peer::{recv_with_fds, send_with_fds};
 use vmpager_sys::uffd::Features;
 use vms::child::{self, TestChild};
@@ -297,7 +298,7 @@ fn run_if_somebody() -> bool {
 }
 
 fn connects(vm: &Vm, socket: &Path) -> String {
-    let mut socket = match UnixStream::connect(socket) {
+    let socket = match UnixStream::connect(socket) {
         Ok(socket) => socket,
         Err(error) => return format!("cannot connect: {error}"),
     };
@@ -309,8 +310,8 @@ fn connects(vm: &Vm, socket: &Path) -> String {
         }
     }
     socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-    match socket.read(&mut [0]) {
-        Ok(0) => "refused".into(),
+    match refusal::wait(&socket) {
+        Ok(Some(_)) => "refused".into(),
         Err(error) if error.kind() == ErrorKind::WouldBlock => {
             vm.check_all();
             "served".into()

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
+use vmpager::refusal;
 
 const VMPAGER: &str = env!("CARGO_BIN_EXE_vmpager");
 
@@ -173,9 +174,10 @@ fn a_peer_that_talks_nonsense_is_named_in_the_log() {
     let child = serve(&socket, &memory_file(&dir, 8192), &[]);
     let mut peer = UnixStream::connect(&socket).unwrap();
     peer.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
-    // The daemon hangs up on it.
-    let mut end = [0];
-    assert_eq!(std::io::Read::read(&mut peer, &mut end).unwrap_or(0), 0);
+    // The daemon says why, and hangs up on it.
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut peer, &mut said).unwrap();
+    assert!(said.starts_with("refused: ") && said.contains("not a JSON array"), "{said}");
     let output = terminate(child);
     let log = stderr(&output);
     assert!(log.contains("refused") && log.contains("not a JSON array"), "{log}");
@@ -286,7 +288,7 @@ fn a_daemon_is_replaced_by_one_that_serves_the_same() {
     assert!(Path::new(&socket).exists(), "VMs find the new one where the old one was");
     (&vm).write_all(b"nonsense").unwrap();
     vm.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    let refused = matches!(std::io::Read::read(&mut &vm, &mut [0]), Ok(0));
+    let refused = matches!(refusal::wait(&vm), Ok(Some(_)));
     let output = terminate(new);
     assert!(refused, "the new one refuses it");
     assert!(output.status.success(), "{}", stderr(&output));

@@ -24,7 +24,9 @@ use tempfile::TempDir;
 use vmpager::Attached;
 use vmpager_sys::memory::Mapping;
 use vmpager_sys::uffd::{Features, Userfaultfd};
-use vmpager_vm::{Cpu, Filling, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig, Workload};
+use vmpager_vm::{
+    Cpu, Filling, OnRefusal, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig, Workload,
+};
 
 const PAGE: usize = 4096;
 const MIB: usize = 1 << 20;
@@ -179,7 +181,8 @@ fn vmm(place: &Arc<Place>, cpu: &str, exits: bool) {
     let cpu = if cpu == "kvm" { Cpu::Kvm } else { Cpu::Threads };
     let snapshot = Snapshot::open(&place.snapshot()).unwrap();
     let exits = exits.then(|| place.doors());
-    let memory = RestoreMemory::Shared { socket: place.socket(), exits };
+    let memory =
+        RestoreMemory::Shared { socket: place.socket(), exits, refused: OnRefusal::default() };
     let mut vm = Vm::restore(&snapshot, memory, cpu).unwrap();
     child::say("restored");
     wait_for_line();
@@ -459,7 +462,11 @@ fn private_memory_is_refused_by_name() {
     let (_dir, place) = prepare(Cpu::Threads);
     let daemon = Daemon::start(&place);
     let snapshot = Snapshot::open(&place.snapshot()).unwrap();
-    let memory = RestoreMemory::OnDemand { socket: place.socket(), huge_pages: false };
+    let memory = RestoreMemory::OnDemand {
+        socket: place.socket(),
+        huge_pages: false,
+        refused: OnRefusal::default(),
+    };
     let vm = Vm::restore(&snapshot, memory, Cpu::Threads).unwrap();
     let door = place.doors().join(format!("{}.sock", std::process::id()));
     eventually("there is a door", || door.exists());

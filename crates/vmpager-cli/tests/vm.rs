@@ -315,16 +315,11 @@ fn a_saved_vm_runs_on_in_every_way_and_more_than_once() {
     assert_eq!(text(&output.stdout), "kk");
 }
 
-#[test]
-fn a_daemon_brings_the_memory_of_a_restored_vm() {
-    if !has_kvm() || !has_userfaultfd() {
-        return;
-    }
-    let vm = controlled();
-    let files = vm.snapshot(&["--stop"]);
-    let pager = vm.dir.path().join("pager.sock").to_string_lossy().into_owned();
-    let mut daemon = Command::new(VMPAGER)
-        .args(["serve", "--once", "--socket", &pager, "--memory", &files[3]])
+/// A daemon that serves a file beside it, and its socket.
+fn daemon(memory: &str, more: &[&str]) -> (Child, String) {
+    let pager = Path::new(memory).with_file_name("pager.sock").to_string_lossy().into_owned();
+    let daemon = Command::new(VMPAGER)
+        .args([&["serve", "--socket", &pager, "--memory", memory], more].concat())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
@@ -332,6 +327,34 @@ fn a_daemon_brings_the_memory_of_a_restored_vm() {
     while !Path::new(&pager).exists() && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(2));
     }
+    (daemon, pager)
+}
+
+/// Its threads would wait for memory for ever.
+#[test]
+fn a_vm_that_a_daemon_refuses_ends_and_says_why() {
+    if !has_kvm() || !has_userfaultfd() {
+        return;
+    }
+    let vm = controlled();
+    let files = vm.snapshot(&["--stop"]);
+    let (mut daemon, pager) = daemon(&files[3], &["--max-memory", "1M"]);
+    let args = ["restore", "--pager", &pager].into_iter();
+    let error = failure(&args.chain(files.iter().map(String::as_str)).collect::<Vec<_>>());
+    assert!(error.contains(&pager) && error.contains("(--max-memory)"), "{error}");
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    vm.end();
+}
+
+#[test]
+fn a_daemon_brings_the_memory_of_a_restored_vm() {
+    if !has_kvm() || !has_userfaultfd() {
+        return;
+    }
+    let vm = controlled();
+    let files = vm.snapshot(&["--stop"]);
+    let (mut daemon, pager) = daemon(&files[3], &["--once"]);
     let output = restore(&files, &["--pager", &pager]).wait_with_output().unwrap();
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "kk".to_owned()));
     assert!(daemon.wait().unwrap().success());

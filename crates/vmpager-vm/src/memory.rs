@@ -13,7 +13,6 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -32,6 +31,7 @@ use crate::PAGE_SIZE;
 use crate::bringer::{Bringer, Oracle};
 use crate::device::to_usize;
 use crate::error::VmError;
+use crate::peer::Connection;
 use crate::private::PrivateParts;
 use crate::restore::{AsyncFaults, Delivery};
 
@@ -121,7 +121,7 @@ pub(crate) enum Served {
     ByPeer {
         /// Where its vCPUs ask for pages, if missing ones are exits of theirs.
         door: Option<PathBuf>,
-        _connection: UnixStream,
+        _connection: Connection,
         _uffd: Userfaultfd,
     },
 }

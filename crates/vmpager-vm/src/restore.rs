@@ -25,6 +25,7 @@ use crate::bringer::Oracle;
 use crate::device::to_usize;
 use crate::error::VmError;
 use crate::memory::{GuestMemory, Memslot, Served};
+use crate::peer::{Connection, OnRefusal};
 use crate::private::{PrivateBackend, PrivateConfig};
 use crate::snapshot::Snapshot;
 
@@ -94,6 +95,8 @@ pub enum RestoreMemory {
         socket: PathBuf,
         /// Whether the memory is made of hugetlb pages of 2 MiB.
         huge_pages: bool,
+        /// If the pager does not serve it.
+        refused: OnRefusal,
     },
     /// Absent memory in a memfd, which is handed to a pager over its unix socket
     /// together with its userfaultfd, so that other processes can have it too.
@@ -103,6 +106,8 @@ pub enum RestoreMemory {
         /// The directory of its doors (`vmpager serve --attach`), if missing
         /// pages shall be exits of vCPUs, which ask for them there.
         exits: Option<PathBuf>,
+        /// If the pager does not serve it.
+        refused: OnRefusal,
     },
     /// Absent memory, whose pages a thread of this process brings as they are
     /// touched.
@@ -156,7 +161,7 @@ impl GuestMemory {
                 let mapping = Mapping::file_private(file.as_fd(), len);
                 Ok(Self::new(Arc::new(mapping.map_err(VmError::file("map", path))?), slots))
             }
-            RestoreMemory::OnDemand { socket, huge_pages } => {
+            RestoreMemory::OnDemand { socket, huge_pages, refused } => {
                 let memory = if huge_pages {
                     Self::new(Arc::new(Mapping::hugetlb_2m(len).map_err(cannot_map)?), slots)
                 } else {
@@ -166,10 +171,12 @@ impl GuestMemory {
                 let all = Memslot::flat(bytes);
                 let regions: Vec<Region> =
                     all.iter().map(|all| Region::new(&memory.mapping, all, page_size)).collect();
-                let peer = hand_over(&memory.mapping, &regions, None, &socket)?;
+                let peer = hand_over(&memory.mapping, &regions, None, (&socket, &refused))?;
                 Ok(memory.served(peer))
             }
-            RestoreMemory::Shared { socket, exits } => Self::shared(snapshot, &socket, exits),
+            RestoreMemory::Shared { socket, exits, refused } => {
+                Self::shared(snapshot, (&socket, &refused), exits)
+            }
             RestoreMemory::InProcess(how) => {
                 let memory = blank(slots, Mapping::for_pager)?;
                 memory.mapping.allow(Access::None).map_err(cannot_map)?;
@@ -201,7 +208,11 @@ impl GuestMemory {
         }
     }
 
-    fn shared(snapshot: &Snapshot, socket: &Path, exits: Option<PathBuf>) -> Result<Self, VmError> {
+    fn shared(
+        snapshot: &Snapshot,
+        pager: (&Path, &OnRefusal),
+        exits: Option<PathBuf>,
+    ) -> Result<Self, VmError> {
         let bytes = snapshot.memory_bytes();
         let cannot_map = |error| VmError::Memory { bytes, error };
         let memfd = memfd::sealed("guest-memory", bytes).map_err(cannot_map)?;
@@ -211,7 +222,7 @@ impl GuestMemory {
         let slots = snapshot.state.memslots.clone();
         let region = |slot| Region::new(&mapping, slot, PAGE_SIZE).in_memfd(slot);
         let regions: Vec<Region> = slots.iter().map(region).collect();
-        let peer = hand_over(&mapping, &regions, Some(memfd.as_fd()), socket)?;
+        let peer = hand_over(&mapping, &regions, Some(memfd.as_fd()), pager)?;
         let delivery = match &exits {
             None => Delivery::Userfaultfd,
             Some(_) => Delivery::Exit(ExitMechanism::View),
@@ -325,7 +336,7 @@ fn hand_over(
     mapping: &Arc<Mapping>,
     regions: &[Region],
     memfd: Option<BorrowedFd<'_>>,
-    socket: &Path,
+    (socket, refused): (&Path, &OnRefusal),
 ) -> Result<Served, VmError> {
     let features = Features::EVENT_REMOVE.union(Features::THREAD_ID);
     let is_huge = regions.iter().any(|region| region.page_size > PAGE_SIZE);
@@ -341,5 +352,6 @@ fn hand_over(
     if sent != message.len() {
         return Err(failed(std::io::ErrorKind::WriteZero.into()));
     }
-    Ok(Served::ByPeer { door: None, _connection: stream, _uffd: uffd })
+    let connection = Connection::new(stream, refused).map_err(failed)?;
+    Ok(Served::ByPeer { door: None, _connection: connection, _uffd: uffd })
 }

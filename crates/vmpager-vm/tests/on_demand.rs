@@ -16,7 +16,7 @@ use common::{MEMORY, config, cpus, restore_and_run, snapshot};
 use rustix::event::{PollFd, PollFlags, poll};
 use vmpager_sys::peer::recv_with_fds;
 use vmpager_sys::uffd::{Features, Message, Messages, Stop, Userfaultfd};
-use vmpager_vm::{Cpu, RestoreMemory, Vm, VmError, Workload};
+use vmpager_vm::{Cpu, OnRefusal, RestoreMemory, Vm, VmError, Workload};
 
 /// What the pager was told, and what it did.
 struct Served {
@@ -92,6 +92,10 @@ fn can_open_userfaultfd() -> bool {
     }
 }
 
+fn on_demand(socket: PathBuf, huge_pages: bool) -> RestoreMemory {
+    RestoreMemory::OnDemand { socket, huge_pages, refused: OnRefusal::default() }
+}
+
 #[test]
 fn the_guest_runs_on_pages_a_pager_installs() {
     if !can_open_userfaultfd() {
@@ -101,7 +105,7 @@ fn the_guest_runs_on_pages_a_pager_installs() {
         let (dir, snapshot) = snapshot(&config(cpu));
         let socket = dir.path().join("pager.sock");
         let pager = spawn_pager(&socket, snapshot.paths().memory.clone(), 4096);
-        let memory = RestoreMemory::OnDemand { socket, huge_pages: false };
+        let memory = on_demand(socket, false);
         let workload = Workload { touches: Some(1000), write_every: 3, ..Workload::default() };
         let (vm, report) = restore_and_run(&snapshot, memory, cpu, &workload).unwrap();
         assert_eq!((report.pages, report.mismatches), (1000, 0), "{cpu:?}");
@@ -144,7 +148,7 @@ fn huge_pages_are_announced_as_such() {
         let (dir, snapshot) = snapshot(&config(cpu));
         let socket = dir.path().join("pager.sock");
         let pager = spawn_pager(&socket, snapshot.paths().memory.clone(), 2 << 20);
-        let memory = RestoreMemory::OnDemand { socket, huge_pages: true };
+        let memory = on_demand(socket, true);
         let (vm, report) = restore_and_run(&snapshot, memory, cpu, &Workload::default()).unwrap();
         assert_eq!(report.mismatches, 0, "{cpu:?}");
         assert_eq!(vm.verify_from_host().mismatches, 0, "{cpu:?}");
@@ -174,7 +178,7 @@ fn a_pager_that_mixes_up_pages_is_caught() {
         std::fs::write(&wrong, shifted).unwrap();
         let socket = dir.path().join("pager.sock");
         let pager = spawn_pager(&socket, wrong, 4096);
-        let memory = RestoreMemory::OnDemand { socket, huge_pages: false };
+        let memory = on_demand(socket, false);
         let (vm, report) = restore_and_run(&snapshot, memory, cpu, &Workload::default()).unwrap();
         assert!(is_different, "pick another seed: the last two pages are equal");
         assert_eq!(
@@ -194,7 +198,7 @@ fn without_a_pager_the_restore_fails_and_names_the_socket() {
     }
     let (dir, snapshot) = snapshot(&config(Cpu::Threads));
     let socket = dir.path().join("nobody.sock");
-    let memory = RestoreMemory::OnDemand { socket, huge_pages: false };
+    let memory = on_demand(socket, false);
     let started = std::time::Instant::now();
     let error = Vm::restore(&snapshot, memory, Cpu::Threads).unwrap_err();
     assert!(matches!(error, VmError::Handshake { .. }));

@@ -36,6 +36,7 @@ pub mod pager;
 mod placement;
 mod polling;
 mod reads;
+pub mod refusal;
 pub mod sandbox;
 mod served;
 mod shared;

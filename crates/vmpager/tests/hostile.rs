@@ -14,7 +14,7 @@ use common::daemon::Running;
 use common::peer::{Dialect, Memory, PeerPlan};
 use common::{HUGE, PAGE, assert_idle, child, mapping, numbered, page_by_kernel, range};
 use serde_json::{Value, json};
-use vmpager::EndReason;
+use vmpager::{EndReason, refusal};
 use vmpager_sys::peer::send_with_fds;
 use vmpager_sys::uffd::{Features, Userfaultfd};
 
@@ -248,7 +248,7 @@ fn hostile_peers_are_refused_by_name_and_disturb_nobody() {
         act(&socket, &memory);
         let line = daemon.log.wait_for(from, words);
         assert!(line.contains(&format!("peer_pid={}", std::process::id())), "{line}");
-        assert_is_closed(&socket, what);
+        assert_is_refused(&socket, what, words);
         // Afterwards as before, others are served.
         good.expect_source(0, round % 128);
     }
@@ -257,9 +257,12 @@ fn hostile_peers_are_refused_by_name_and_disturb_nobody() {
     assert!(daemon.stop().is_empty(), "none of them became a session");
 }
 
-/// Waits until the other end is closed.
-fn assert_is_closed(socket: &UnixStream, what: &str) {
+/// Waits until the other end is closed, and has said why.
+fn assert_is_refused(socket: &UnixStream, what: &str, words: &[&str]) {
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let why = refusal::wait(socket).unwrap().expect(what);
+    let mut words = words.iter().filter(|word| **word != "hung up");
+    assert!(words.all(|word| why.contains(word)), "{what}: {why}");
     let mut socket = socket;
     match socket.read(&mut [0; 8]) {
         Ok(0) => {}

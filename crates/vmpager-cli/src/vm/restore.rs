@@ -13,13 +13,14 @@ use vmpager::core::PageSource;
 use vmpager_store::RawFile;
 use vmpager_store::faulty::{ALL, FaultySource};
 use vmpager_vm::{
-    AsyncFaults, Delivery, DeliveryCosts, ExitMechanism, InProcess, LinuxVm, RestoreMemory,
-    Snapshot, SnapshotPaths,
+    AsyncFaults, Delivery, DeliveryCosts, ExitMechanism, InProcess, LinuxVm, OnRefusal,
+    RestoreMemory, Snapshot, SnapshotPaths,
 };
 
 use super::control::ControlSocket;
 use super::outcome::{EXIT_STATUS, since};
 use super::session::{self, Session};
+use super::terminal;
 use crate::serve::Prefetch;
 
 /// Options of `vmpager vm restore`.
@@ -241,11 +242,28 @@ pub(super) fn run(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
     session.run()?.report(args.json)
 }
 
+/// The VM of a pager that refuses it will never have its memory: this process ends, and
+/// says why.
+fn end_if_refused(args: &RestoreArgs, socket: &Path) -> OnRefusal {
+    let (socket, control) = (socket.to_path_buf(), args.control.clone());
+    OnRefusal::call(move |why| {
+        terminal::leave();
+        if let Some(control) = &control {
+            // It is about to be nobody's.
+            let _ = std::fs::remove_file(control);
+        }
+        eprintln!("error: the pager at {} refuses this VM's memory: {why}", socket.display());
+        // Threads that wait for a page end with the process, and not before.
+        std::process::exit(1)
+    })
+}
+
 fn by_pager(args: &RestoreArgs, socket: &Path) -> anyhow::Result<RestoreMemory> {
+    let refused = end_if_refused(args, socket);
     let socket = socket.to_path_buf();
     Ok(match (&args.attach, args.delivery) {
         (None, DeliveryArg::Uffd) => {
-            RestoreMemory::OnDemand { socket, huge_pages: args.huge_pages }
+            RestoreMemory::OnDemand { socket, huge_pages: args.huge_pages, refused }
         }
         (_, DeliveryArg::Auto) => {
             bail!("--delivery auto is for a pager in this process; with --pager, choose")
@@ -256,9 +274,9 @@ fn by_pager(args: &RestoreArgs, socket: &Path) -> anyhow::Result<RestoreMemory> 
                  pager's door (vmpager serve --attach DIR)"
             )
         }
-        (Some(_), DeliveryArg::Uffd) => RestoreMemory::Shared { socket, exits: None },
+        (Some(_), DeliveryArg::Uffd) => RestoreMemory::Shared { socket, exits: None, refused },
         (Some(doors), DeliveryArg::Exit) => {
-            RestoreMemory::Shared { socket, exits: Some(doors.clone()) }
+            RestoreMemory::Shared { socket, exits: Some(doors.clone()), refused }
         }
     })
 }

@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -15,11 +16,20 @@ const CTRL_A: u8 = 1;
 /// Reads of input that wait for a guest to take them.
 const MAX_READS: usize = 64;
 
-/// A terminal that hands every key to the guest, until this is dropped: then it
-/// is as it was.
+/// How the terminal was before it handed every key to the guest, while it does.
+static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// A terminal that hands every key to the guest, until this is dropped, or
+/// [`leave`] is called: then it is as it was.
 #[derive(Debug)]
-pub(super) struct RawTerminal {
-    saved: Termios,
+pub(super) struct RawTerminal(());
+
+/// The terminal is as it was again.
+pub(super) fn leave() {
+    if let Some(saved) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        // There is nobody left to tell, and nothing else to try.
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &saved);
+    }
 }
 
 impl RawTerminal {
@@ -35,15 +45,16 @@ impl RawTerminal {
         raw.make_raw();
         // For this program's own messages.
         raw.output_modes |= saved.output_modes & (OutputModes::OPOST | OutputModes::ONLCR);
+        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
+        let entered = Self(());
         tcsetattr(&stdin, OptionalActions::Now, &raw).context("setting the terminal")?;
-        Ok(Some(Self { saved }))
+        Ok(Some(entered))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        // There is nobody left to tell, and nothing else to try.
-        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.saved);
+        leave();
     }
 }
 

@@ -18,6 +18,7 @@ use crate::attach::{Entrance, LeftDoor};
 use crate::handshake::{Handshake, HandshakeError, Inbox};
 use crate::metrics::Refusal;
 use crate::reads::MemoryId;
+use crate::refusal;
 use crate::served::{ServeOptions, Served, State};
 use crate::stats::{EndReason, MemoryNumbers, SessionSummary, Tally};
 
@@ -419,14 +420,24 @@ impl Connection {
 
     /// The peer closed its end. Says what is wrong with that, if something is.
     pub(super) fn hang_up(&mut self) -> Option<String> {
+        let problem = if self.handshake.is_some() {
+            Some(HandshakeError::NoDescriptor.to_string())
+        } else if self.inbox.is_partial() {
+            Some("before its handshake was complete".into())
+        } else {
+            (!self.had_session).then(|| "without a handshake".into())
+        };
+        // It may still listen.
+        problem.iter().for_each(|problem| self.say_refused(problem));
         self.refuse();
-        if self.handshake.is_some() {
-            return Some(HandshakeError::NoDescriptor.to_string());
+        problem
+    }
+
+    /// Tells the peer why.
+    pub(super) fn say_refused(&self, problem: &str) {
+        if let Some(socket) = &self.socket {
+            refusal::tell(socket, problem);
         }
-        if self.inbox.is_partial() {
-            return Some("before its handshake was complete".into());
-        }
-        (!self.had_session).then(|| "without a handshake".into())
     }
 
     /// Listens no longer; holds on to what would otherwise turn into zeroes.

@@ -506,6 +506,7 @@ impl Daemon {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         error!(peer_pid = connection.pid(), "refused: {}", refused.problem);
         self.board.refused(refused.why);
+        connection.say_refused(&refused.problem);
         connection.refuse();
         self.forget_if_done(id);
     }

@@ -12,6 +12,7 @@ use vmpager_sys::peer::{Peer, end};
 use super::handover::Control;
 use super::table::{Entry, Table};
 use crate::daemon::{Access, DaemonError, listen_with, permit, unlisten};
+use crate::refusal;
 
 /// After a failure that may pass (no descriptor left).
 const PAUSE: Duration = Duration::from_millis(100);
@@ -134,6 +135,7 @@ impl Gate {
             Ok(()) => table.welcome(socket, peer).map(Some),
             Err(problem) => {
                 self.refusals.tell(&peer, &problem);
+                refusal::tell(&socket, &problem);
                 // It may be gone.
                 let _ = end(&socket);
                 Ok(None)

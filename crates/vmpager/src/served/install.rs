@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use tracing::{error, warn};
+use tracing::{error, info};
 use vmpager_core::{Hva, PageRun, PageSize, Priority};
 use vmpager_sys::uffd::{Installed, Stop};
 
@@ -347,7 +347,8 @@ impl Served {
     pub(super) fn unmapped(&mut self, run: PageRun) -> Result<(), Lost> {
         let (hva, len) = self.address(run);
         if !std::mem::replace(&mut self.complained.unmapped, true) {
-            warn!("{len:#x} bytes at {hva} are not registered (any more); left alone");
+            // As a rule because the VM is about to end.
+            info!("{len:#x} bytes at {hva} are not registered (any more); left alone");
         }
         self.counters.pages_removed += self.engine.removed(hva, Hva(hva.0 + len));
         self.wake(hva, len)
