@@ -50,6 +50,7 @@
 //! | `costs` | what the kernel asks here for what a restore needs |
 //! | `bringer` | what a vCPU's thread brings pages by |
 //! | `vm` | the VM with the built-in guest |
+//! | `tasks` | a built-in guest that runs another task while one waits for a page |
 //! | `run` | vCPU threads of a Linux guest |
 //! | `linux_vm` | the VM with a Linux guest |
 
@@ -77,6 +78,7 @@ mod restore;
 mod run;
 mod snapshot;
 mod state_file;
+mod tasks;
 mod threads;
 mod vm;
 mod workload;
@@ -95,6 +97,7 @@ pub use report::{HostReport, RunReport, Stalls};
 pub use restore::{AsyncFaults, Delivery, InProcess, RestoreMemory};
 pub use snapshot::{Snapshot, SnapshotPaths};
 pub use state_file::{MAX_STATE_BYTES, StateError, VmState};
+pub use tasks::{TaskGuest, TaskRun, TaskWork};
 pub use vm::{Cpu, CpuKind, Vm, VmConfig};
 pub use workload::{Order, Workload};
 

@@ -11,6 +11,7 @@ mod private;
 mod program;
 mod registers;
 mod state;
+mod tasks;
 mod trial;
 mod tsc;
 mod vcpu;
@@ -21,10 +22,13 @@ pub(crate) use kick::Kick;
 pub(crate) use machine::{Machine, Parts};
 pub(crate) use parameters::{Command, Gate, Parameters};
 pub(crate) use private::OwnGuestMemfd;
-pub(crate) use program::{code, pattern};
+pub(crate) use program::{EVENT_DONE, EVENT_PORT, EVENT_STARTED, code, pattern};
 pub(crate) use state::KvmState;
 #[cfg(test)]
 pub(crate) use state::{Irqchip, Lapic, MachineState, VcpuState};
+pub(crate) use tasks::{
+    EVENT_TASK_ENDED, KEY, Task, ending, task_machine, task_pages, wrong_pages,
+};
 pub(crate) use trial::{Trial, memslot_time};
 pub(crate) use tsc::nanoseconds_per_cycle;
 pub(crate) use vcpu::{Answer, Stopped, Vcpu};

@@ -23,11 +23,11 @@ use crate::checksum::{MULTIPLIER, ROTATION, SEEDS};
 use crate::private::TO_PRIVATE;
 
 /// The port of the guest's events.
-pub(super) const EVENT_PORT: u16 = 0xe9;
+pub(crate) const EVENT_PORT: u16 = 0xe9;
 /// First event of a round.
-pub(super) const EVENT_STARTED: u8 = 1;
+pub(crate) const EVENT_STARTED: u8 = 1;
 /// Last event of a round.
-pub(super) const EVENT_DONE: u8 = 2;
+pub(crate) const EVENT_DONE: u8 = 2;
 
 /// The port to ask by.
 pub(super) const CONVERT_PORT: u16 = 0xea;

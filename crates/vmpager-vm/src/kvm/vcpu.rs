@@ -265,7 +265,7 @@ impl Vcpu {
         entered.map(drop)
     }
 
-    pub(super) fn unexpected(&mut self, mut exit: String) -> VmError {
+    pub(crate) fn unexpected(&mut self, mut exit: String) -> VmError {
         let run = self.fd.get_kvm_run();
         if run.exit_reason == KVM_EXIT_INTERNAL_ERROR {
             // SAFETY: the exit reason says which member of the union KVM filled.

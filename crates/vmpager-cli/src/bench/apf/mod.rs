@@ -3,6 +3,7 @@
 //! faults over a userfaultfd, and with vmpager's, on vCPU exits.
 
 mod guest;
+mod tasks;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use serde::Serialize;
 use vmpager_vm::{AsyncFaults, Delivery, ExitMechanism};
 
 use self::guest::{Run, Walk, WalkingGuest, Way};
+use self::tasks::Tasks;
 use super::{median, round, to_f64};
 use crate::scratch::Scratch;
 use crate::vm::AsyncPf;
@@ -20,7 +22,8 @@ use crate::{output, size};
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Example:\n  \
     vmpager bench apf --kernel bzImage --initrd initramfs --json\n\n\
-    The guest's init makes 7 x --pages pages that begin with the word\n\
+    Without a kernel the guest is a built-in one, whose kernel does nothing but change\n\
+    tasks: it runs wherever KVM does. Linux's init makes 7 x --pages pages that begin with the word\n\
     0x9b1e64c85f07a3d1, and obeys its console: after `walk: ready` it is saved, and at\n\
     `walk MILLISECONDS WALKERS PAGES` it computes so long in one task, checks so many\n\
     of its pages in each of the others, and prints `walk: done ms=TIME wrong=PAGES`.\n\
@@ -28,12 +31,12 @@ use crate::{output, size};
     computes. Rounds are interleaved, and each number is the median of its rounds;\n\
     ratios are of times, above 1 vmpager is faster.")]
 pub(crate) struct ApfArgs {
-    /// The guest's kernel, with KVM_GUEST.
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    /// The guest's kernel, with KVM_GUEST [default: a built-in guest].
+    #[arg(long, value_name = "FILE", requires = "initrd")]
+    kernel: Option<PathBuf>,
     /// An initrd whose init does what is said below.
-    #[arg(long, value_name = "FILE")]
-    initrd: PathBuf,
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
     /// How long the source takes for a page; 0: it is at hand.
     #[arg(
         long,
@@ -49,7 +52,7 @@ pub(crate) struct ApfArgs {
     /// The most pages of each that are walked.
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=4096))]
     pages: u64,
-    /// Guest memory.
+    /// Memory of a Linux guest.
     #[arg(long, value_name = "SIZE", default_value = "96M", value_parser = size::parse)]
     memory: u64,
     /// Rounds.
@@ -72,7 +75,10 @@ const COMPUTED_MS: f64 = 20.0;
 
 #[derive(Debug, Serialize)]
 struct Report {
-    memory_bytes: u64,
+    /// `linux` or `builtin`.
+    guest: &'static str,
+    /// Of Linux.
+    memory_bytes: Option<u64>,
     rounds: u32,
     rows: Vec<Row>,
 }
@@ -98,21 +104,52 @@ const SYNC: Way = Way { delivery: Delivery::Exit(ExitMechanism::View), async_fau
 const KERNEL: Way = Way { delivery: Delivery::Userfaultfd, async_faults: None };
 const VMPAGER: Way = Way { async_faults: Some(AsyncFaults::Always), ..SYNC };
 
+/// Who walks.
+#[derive(Debug)]
+enum Guest {
+    Linux(Box<WalkingGuest>),
+    Builtin(Tasks),
+}
+
+impl Guest {
+    fn new(args: &ApfArgs, scratch: &Scratch) -> anyhow::Result<Self> {
+        Ok(match (&args.kernel, &args.initrd) {
+            (Some(kernel), Some(initrd)) => {
+                let (kernel, initrd) = (kernel.clone(), initrd.clone());
+                let dir = scratch.path();
+                let guest = WalkingGuest::boot(kernel, initrd, args.memory, args.pages, dir)?;
+                Self::Linux(Box::new(guest))
+            }
+            _ => Self::Builtin(Tasks::new(args.pages)?),
+        })
+    }
+
+    fn run(&self, walk: &Walk, way: Way) -> anyhow::Result<Run> {
+        match self {
+            Self::Linux(guest) => guest.run(walk, way),
+            Self::Builtin(tasks) => tasks.run(walk, way),
+        }
+    }
+}
+
 pub(crate) fn run(args: &ApfArgs) -> anyhow::Result<()> {
     let scratch = Scratch::new(args.dir.as_deref(), args.memory)?;
-    let (kernel, initrd) = (args.kernel.clone(), args.initrd.clone());
-    let guest = WalkingGuest::boot(kernel, initrd, args.memory, args.pages, scratch.path())?;
+    let guest = Guest::new(args, &scratch)?;
     let mut rows = Vec::new();
     for latency_ms in &args.latency {
         for walkers in &args.walkers {
             rows.push(row(args, &guest, *latency_ms, *walkers)?);
         }
     }
-    let report = Report { memory_bytes: args.memory, rounds: args.rounds, rows };
+    let (kind, memory_bytes) = match guest {
+        Guest::Linux(_) => ("linux", Some(args.memory)),
+        Guest::Builtin(_) => ("builtin", None),
+    };
+    let report = Report { guest: kind, memory_bytes, rounds: args.rounds, rows };
     if args.json { output::json(&report) } else { show(&report) }
 }
 
-fn row(args: &ApfArgs, guest: &WalkingGuest, latency: f64, walkers: u64) -> anyhow::Result<Row> {
+fn row(args: &ApfArgs, guest: &Guest, latency: f64, walkers: u64) -> anyhow::Result<Row> {
     let most = to_f64(args.pages);
     let pages = if latency > 0.0 { (WAITING_MS / latency).max(FEWEST).min(most) } else { most };
     let compute = if latency > 0.0 { pages.floor() * latency } else { COMPUTED_MS };
