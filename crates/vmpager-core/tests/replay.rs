@@ -125,6 +125,40 @@ fn a_wrong_profile_is_given_up_after_some_faults() {
     assert!(!engine.replaying().unwrap().is_done());
 }
 
+/// Pages of half of memory, in an order that is not the guest's: hitting some of
+/// them now and then is chance.
+#[test]
+fn a_dense_profile_is_given_up_by_a_guest_with_another_order() {
+    const PAGES: u64 = 65_536;
+    let mut engine = engine_of(&[slot(HVA, PAGES, 0, PageSize::Size4K)]);
+    let shuffled = |seed: u64| {
+        let mut pages: Vec<u64> = (0..PAGES).collect();
+        pages.sort_by_key(|page| {
+            (page ^ seed << 20)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .rotate_left(29)
+                .wrapping_mul(seed)
+        });
+        pages
+    };
+    let known: Vec<_> = shuffled(7)[..32_768].iter().map(|page| bytes(*page, 1)).collect();
+    engine.replay(&known);
+    let mut brought = 0;
+    for page in shuffled(1_000_003) {
+        if !engine.map().is_present(page) {
+            let FaultPlan::Fetch { run, .. } = fault(&mut engine, page) else { continue };
+            engine.installed(run);
+        }
+        if let Some(piece) = engine.next_replayed(4) {
+            brought += piece.run().count;
+            engine.installed(piece.run());
+        }
+    }
+    let counts = engine.replay_counts();
+    assert!(counts.late > 10_000, "chance hits many: {counts:?}");
+    assert!(!engine.replaying().unwrap().is_done() && brought < PAGES / 32, "{brought} pages");
+}
+
 /// Half of what the guest touches is in the profile: whenever the replay has been
 /// given up, the guest soon waits for a page of it.
 #[test]

@@ -12,6 +12,10 @@ use crate::addr::PageRun;
 /// the profile's way, and elsewhere too, catches up with a replay that has
 /// stopped, waits for a page of it, and so starts it again.
 ///
+/// How much is given back depends on how much such a fault proves. A guest that has
+/// nothing to do with the profile hits its pages too, the more often the more of
+/// memory they are; but seldom those whose turn is near.
+///
 /// Its pieces are sized as those of the background fill ([`Pace`]): a guest that is
 /// ahead of the replay faults again and again, and each time costs more than the
 /// pages that one of its pieces brings.
@@ -22,10 +26,23 @@ pub struct Replay {
     at: usize,
     /// A bit for each page of the page map: whether it is in the profile.
     members: Vec<u64>,
+    /// In parts of [`WHOLE`].
     patience: u32,
+    /// What a fault on a page that is not near its turn gives back.
+    far_credit: u32,
+    /// Since patience ran out, and until there is [`CREDIT`](Self::CREDIT) again.
+    has_stopped: bool,
     pace: Pace,
     counts: ReplayCounts,
 }
+
+/// Parts of which patience is made: one fault's.
+const WHOLE: u32 = 256;
+/// How many pages are near: as many as can be looked through at each fault.
+const NEAR: u64 = 256;
+/// What a fault on one of them gives back at least: a third of all faults on pages
+/// that the profile has, in its order, is enough to go on.
+const NEAR_CREDIT: u32 = 2 * WHOLE;
 
 /// How well a profile fits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,7 +56,7 @@ pub struct ReplayCounts {
 impl Replay {
     /// How many faults on pages that the profile lacks end the replay.
     pub const PATIENCE: u32 = 16;
-    /// How many of them a fault on one of its pages makes up for.
+    /// How many of them a fault on one of its pages makes up for, at most.
     pub const CREDIT: u32 = 8;
 
     /// Brings in these runs of a page map of so many pages, in this order. Costs
@@ -52,8 +69,11 @@ impl Replay {
                 *word |= bit;
             }
         }
-        let counts = ReplayCounts::default();
-        Self { runs, at: 0, members, patience: Self::PATIENCE, pace: Pace::new(), counts }
+        let known = members.iter().map(|word| u64::from(word.count_ones())).sum();
+        let far_credit = far_credit(known, pages);
+        let (patience, counts) = (Self::PATIENCE * WHOLE, ReplayCounts::default());
+        let (has_stopped, pace) = (false, Pace::new());
+        Self { runs, at: 0, members, patience, far_credit, has_stopped, pace, counts }
     }
 
     /// How many base pages to bring in before faults are looked for again.
@@ -72,6 +92,21 @@ impl Replay {
         self.runs.get(self.at..).unwrap_or_default()
     }
 
+    /// Whether the page is one of the next [`NEAR`].
+    fn is_near(&self, page: u64) -> bool {
+        let mut left = NEAR;
+        for run in self.ahead() {
+            if run.pages().contains(&page) {
+                return true;
+            }
+            left = left.saturating_sub(run.count);
+            if left == 0 {
+                return false;
+            }
+        }
+        false
+    }
+
     /// How well the profile fits so far.
     pub fn counts(&self) -> ReplayCounts {
         self.counts
@@ -83,10 +118,14 @@ impl Prefetch for Replay {
         let has = place(&mut self.members, page).is_some_and(|(word, bit)| *word & bit != 0);
         if has {
             self.counts.late += 1;
-            self.patience = (self.patience + Self::CREDIT).min(Self::PATIENCE);
+            let proves_more = self.far_credit < NEAR_CREDIT && self.is_near(page);
+            let credit = if proves_more { NEAR_CREDIT } else { self.far_credit };
+            self.patience = (self.patience + credit).min(Self::PATIENCE * WHOLE);
+            self.has_stopped &= self.patience < Self::CREDIT * WHOLE;
         } else {
             self.counts.missed += 1;
-            self.patience = self.patience.saturating_sub(1);
+            self.patience = self.patience.saturating_sub(WHOLE);
+            self.has_stopped |= self.patience == 0;
         }
     }
 
@@ -94,9 +133,9 @@ impl Prefetch for Replay {
         self.pace.demanded();
     }
 
-    /// Nothing while there is no patience left, or when all have had their turn.
+    /// Nothing while it has stopped, or when all have had their turn.
     fn next(&self) -> Option<PageRun> {
-        self.runs.get(self.at).copied().filter(|_| self.patience > 0)
+        self.runs.get(self.at).copied().filter(|_| !self.has_stopped)
     }
 
     fn took(&mut self, until: u64) {
@@ -106,6 +145,15 @@ impl Prefetch for Replay {
             self.at += usize::from(run.count == 0);
         }
     }
+}
+
+/// A half of what a guest loses meanwhile that touches pages at random: it ends a
+/// replay of `known` of all `pages`, however many they are.
+fn far_credit(known: u64, pages: u64) -> u32 {
+    let most = Replay::CREDIT * WHOLE;
+    let lacking = pages.saturating_sub(known).saturating_mul(WHOLE.into());
+    let credit = lacking.checked_div(known.saturating_mul(2)).unwrap_or_default();
+    u32::try_from(credit).map_or(most, |credit| credit.min(most))
 }
 
 fn place(members: &mut [u64], page: u64) -> Option<(&mut u64, u64)> {
