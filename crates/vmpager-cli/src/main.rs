@@ -20,7 +20,17 @@ mod vm_process;
 use std::io;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// The variable that says how much is logged.
+const LOG: &str = "VMPAGER_LOG";
+
+/// As `clap` exits.
+const WRONG_USAGE: u8 = 2;
 
 /// Guest memory on demand: a VM restored from a snapshot starts at once, and
 /// each page arrives when it is first touched or, better, just before.
@@ -80,7 +90,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log();
+    if let Err(error) = start_log() {
+        eprintln!("error: {error:#}");
+        return ExitCode::from(WRONG_USAGE);
+    }
     let result = match &cli.command {
         Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),
@@ -121,13 +134,19 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-fn start_log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("VMPAGER_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+fn start_log() -> anyhow::Result<()> {
+    let said =
+        std::env::var_os(LOG).map_or("info".into(), |said| said.to_string_lossy().into_owned());
+    let filter: Targets = said.parse().with_context(|| {
+        format!(
+            "{LOG} is \"{said}\": use off, error, warn, info, debug or trace, or one for \
+             each part of the program, as in info,vmpager=debug"
+        )
+    })?;
+    let log = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
         .with_ansi(output::colour(&io::stderr()))
-        .with_target(false)
-        .init();
+        .with_target(false);
+    tracing_subscriber::registry().with(log.with_filter(filter)).init();
+    Ok(())
 }

@@ -174,3 +174,19 @@ fn a_user_without_privileges_is_told_what_to_ask_for() {
 fn owner(meta: &fs::Metadata) -> u32 {
     std::os::unix::fs::MetadataExt::uid(meta)
 }
+
+/// A filter that is none is wrong usage, and said; nothing else is done.
+#[test]
+fn a_log_filter_that_is_none_is_refused() {
+    let vmpager = |filter: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmpager"));
+        command.arg("doctor").env("VMPAGER_LOG", filter).output().unwrap()
+    };
+    for filter in ["vmpager=loud", "info,vmpager=debug=trace"] {
+        let refused = vmpager(filter);
+        assert_eq!((refused.status.code(), refused.stdout.len()), (Some(2), 0), "{refused:?}");
+        let error = String::from_utf8_lossy(&refused.stderr);
+        assert!(error.contains("VMPAGER_LOG") && error.contains(filter), "{error}");
+    }
+    assert_ne!(vmpager("info,vmpager=debug").status.code(), Some(2));
+}
