@@ -32,41 +32,38 @@ pub(super) struct Case {
     pub(super) limit: Duration,
 }
 
+/// The test that is one of the lab's programs.
+const MATRIX: &str = "matrix";
+
 /// Builds the programs, in a target directory of their own: other flags would
-/// make cargo build everything anew in the usual one.
+/// make cargo build everything anew in the usual one. All at once, so that no part of
+/// them is built twice.
 pub(super) fn programs(root: &Path, target: &Path) -> anyhow::Result<Programs> {
-    let status = cargo(root, target)
+    let output = cargo(root, target)
         .args(["build", "--release", "--target", TARGET])
         .args(["--package", "vmpager-cli", "--package", "vmpager-lab"])
-        .status()
-        .context("cargo cannot be run")?;
-    if !status.success() {
-        bail!("building the lab's programs failed ({status}); static ones need libc6-dev");
-    }
-    let out = target.join(TARGET).join("release");
-    let matrix = test_program(root, target, "vmpager-kvm", "matrix")?;
-    Ok(Programs { vmpager: out.join("vmpager"), lab: out.join("vmpager-lab"), matrix })
-}
-
-/// Builds a test, and says where it is.
-fn test_program(root: &Path, target: &Path, package: &str, test: &str) -> anyhow::Result<PathBuf> {
-    let output = cargo(root, target)
-        .args(["test", "--no-run", "--release", "--target", TARGET])
-        .args(["--package", package, "--test", test])
+        .args(["--package", "vmpager-kvm", "--bins", "--test", MATRIX])
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()
         .context("cargo cannot be run")?;
     if !output.status.success() {
-        bail!("building the test {test} of {package} failed ({})", output.status);
+        bail!("building the lab's programs failed ({}); static ones need libc6-dev", output.status);
     }
     let messages = String::from_utf8_lossy(&output.stdout);
-    let program = messages.lines().find_map(|line| {
-        let message: Value = serde_json::from_str(line).ok()?;
-        let is_it = message["target"]["name"] == test;
-        message["executable"].as_str().filter(|_| is_it).map(PathBuf::from)
-    });
-    program.with_context(|| format!("cargo names no program for the test {test} of {package}"))
+    let program = |name: &str| {
+        let found = messages.lines().find_map(|line| {
+            let message: Value = serde_json::from_str(line).ok()?;
+            let is_it = message["target"]["name"] == name;
+            message["executable"].as_str().filter(|_| is_it).map(PathBuf::from)
+        });
+        found.with_context(|| format!("cargo names no program {name} among those it built"))
+    };
+    Ok(Programs {
+        vmpager: program("vmpager")?,
+        lab: program("vmpager-lab")?,
+        matrix: program(MATRIX)?,
+    })
 }
 
 /// Cargo for static programs that go into the lab.
