@@ -67,15 +67,21 @@ pub(crate) fn run(command_line: &CommandLine) -> anyhow::Result<()> {
             Ok(command) => match command.trim() {
                 "" => {}
                 "stop" => {
-                    if let Some(threads) = threads.take() {
-                        threads.stop(&load);
-                    }
+                    end(&mut threads, &load);
                     tell_verdict(&mut console, &load)?;
                 }
                 "interrupts" => tell_interrupts(&mut console)?,
                 "cpu1 0" | "cpu1 1" => set_second_cpu(&mut console, command.trim())?,
-                "poweroff" => init::power_off()?,
-                "reset" => init::reset()?,
+                // A kernel whose tick is the PIT stops it before it is done, and whoever
+                // has its CPU then keeps it: nobody may want it, as with any init.
+                "poweroff" => {
+                    end(&mut threads, &load);
+                    init::power_off()?;
+                }
+                "reset" => {
+                    end(&mut threads, &load);
+                    init::reset()?;
+                }
                 "panic" => bail!("told to"),
                 other => say(&mut console, &format!("unknown command {other:?}"))?,
             },
@@ -86,6 +92,13 @@ pub(crate) fn run(command_line: &CommandLine) -> anyhow::Result<()> {
             }
             Err(RecvTimeoutError::Disconnected) => bail!("{CONSOLE} was closed"),
         }
+    }
+}
+
+/// Ends the load, if it has not ended.
+fn end(threads: &mut Option<Threads>, load: &Load) {
+    if let Some(threads) = threads.take() {
+        threads.stop(load);
     }
 }
 
