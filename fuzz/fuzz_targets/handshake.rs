@@ -6,7 +6,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use vmpager::core::{Slot, SlotSet};
-use vmpager::handshake::{HandshakeError, Inbox, MAX_MESSAGE, MAX_REGIONS};
+use vmpager::handshake::{HandshakeError, Inbox, MAX_MESSAGE, MAX_REGIONS, Said};
 
 /// What came of a connection.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,9 +59,15 @@ fn take_in(
     messages: &mut Vec<Vec<Slot>>,
 ) -> Result<(), HandshakeError> {
     inbox.push(piece)?;
-    while let Some(handshake) = inbox.next_message()? {
-        assert!(handshake.descriptors() <= 257);
-        messages.push(handshake.slots);
+    while let Some(said) = inbox.next_message()? {
+        let slots = match said {
+            Said::Handshake(handshake) => {
+                assert!(handshake.descriptors() <= 257);
+                handshake.slots
+            }
+            Said::AsksForCleanPages => Vec::new(),
+        };
+        messages.push(slots);
     }
     Ok(())
 }

@@ -16,6 +16,7 @@ use clap::ValueEnum;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
+use vmpager::clean::{self, CleanPages};
 use vmpager::core::PageSource;
 use vmpager::daemon::DaemonEvent;
 use vmpager::metrics::Endpoint;
@@ -46,6 +47,10 @@ use crate::{output, size};
     An image at a server, and what was fetched of it kept for the next time:\n  \
     vmpager serve --socket /run/vm/pager.sock --image http://images:8080/mem.vmimg \\\n      \
     --cache /var/cache/vmpager --cache-size 20G\n\n\
+    Many VMs of one image, with one copy of the pages that they have not written to:\n  \
+    vmpager serve --socket /run/vm/pager.sock --image /snap/mem.vmimg --share-clean &\n  \
+    vmpager vm restore --state /snap/vmstate --memory /snap/mem \\\n    \
+    --pager /run/vm/pager.sock --share-clean\n\n\
     With a device back-end that takes part in the memory (docs/sharing.md):\n  \
     vmpager serve --socket /run/vm/pager.sock --memory /snap/mem --attach /run/vm/doors &\n  \
     vmpager vm restore --state /snap/vmstate --memory /snap/mem \\\n    \
@@ -88,6 +93,11 @@ pub(crate) struct ServeArgs {
     /// [default: 8 MiB, for neighbours of pages only].
     #[arg(long, value_name = "SIZE", requires = "image", value_parser = size::parse)]
     pub(crate) image_cache: Option<u64>,
+    /// Have VMs that ask for it share the pages of the image that they have not written
+    /// to: one copy for all (`vmpager vm restore --share-clean`; docs/sharing.md). What
+    /// any of them touched stays in memory until the pager ends.
+    #[arg(long, requires = "image", conflicts_with_all = ["attach", "collapse"])]
+    pub(crate) share_clean: bool,
     #[command(flatten)]
     pub(crate) remote: RemoteArgs,
     /// Bring in what this profile says first, while the VM runs (`vmpager profile
@@ -234,6 +244,9 @@ pub(crate) struct ServeReport {
     /// What was asked of servers, if the image is at one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) remote: Option<RemoteReport>,
+    /// Pages in memory that VMs share, with `--share-clean`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) clean_pages: Option<u64>,
     /// The latest sessions that have ended, oldest first.
     pub(crate) sessions: VecDeque<SessionSummary>,
 }
@@ -281,6 +294,9 @@ fn keep(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         Some((path.to_owned(), opened))
     };
     config.sources = args.source_paths().map_while(open).collect();
+    if args.share_clean {
+        config.hold_clean_pages().context("memory for clean pages")?;
+    }
     config.inherited = inherited;
     config.access = Access::from(&args.access);
     config.replace = args.replace;
@@ -323,8 +339,14 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ServeReport> {
 }
 
 fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result<ServeReport> {
+    let clean = match (&mut keeper, args.share_clean) {
+        (_, false) => None,
+        (Some(keeper), true) => Some(keeper.clean_pages()?),
+        (None, true) => Some(clean::files()?),
+    };
     let held = keeper.as_mut().map(KeeperLink::sources).unwrap_or_default();
     let (source, memory) = open(args, &held)?;
+    let clean = clean.map(|files| CleanPages::open(files, &*source)).transpose()?.map(Arc::new);
     let learning = Learning::open(args, &memory)?;
     let mut config = DaemonConfig::new(&args.socket, source);
     config.access = Access::from(&args.access);
@@ -341,6 +363,7 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
     config.partial = args.partial;
     config.once = args.once;
     config.attach.clone_from(&args.attach);
+    config.clean.clone_from(&clean);
     config.handshake_timeout = Duration::from_secs(args.handshake_timeout);
     let (name, memory_bytes) = (config.source.name(), config.source.len());
     let workers = config.workers;
@@ -367,6 +390,7 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
         let Some(path) = &args.metrics_json else { return Ok(()) };
         report.peak_rss_bytes = peak_rss();
         report.remote = memory.remote_numbers().map(RemoteReport::from);
+        report.clean_pages = clean.as_ref().map(|clean| clean.count());
         output::replace_file(path, &serde_json::to_vec_pretty(report)?)
     };
     keep_metrics(&mut report)?;
@@ -385,6 +409,7 @@ fn serve_for(args: &ServeArgs, mut keeper: Option<KeeperLink>) -> anyhow::Result
         }
     })?;
     report.remote = memory.remote_numbers().map(RemoteReport::from);
+    report.clean_pages = clean.as_ref().map(|clean| clean.count());
     Ok(report)
 }
 
@@ -452,8 +477,9 @@ fn open(args: &ServeArgs, held: &[OwnedFd]) -> anyhow::Result<(Arc<dyn PageSourc
     if args.image.is_some() {
         let mut options = Image::options().remote(args.remote.options());
         if let Some(bytes) = args.image_cache {
-            options = options.cache_bytes(usize::try_from(bytes)?).for_many(true);
+            options = options.cache_bytes(usize::try_from(bytes)?);
         }
+        options = options.for_many(args.image_cache.is_some() || args.share_clean);
         let image = open_over(&first, paths, options)?;
         return Ok((image.clone(), MemoryInput::image(image)));
     }

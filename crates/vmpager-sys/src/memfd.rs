@@ -13,6 +13,19 @@ use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 ///
 /// If the kernel has no memory or descriptor left.
 pub fn sealed(name: &str, len: u64) -> io::Result<OwnedFd> {
+    let fd = unsized_yet(name)?;
+    size_and_seal(fd.as_fd(), len)?;
+    // Else any user could open it again by way of /proc.
+    rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+    Ok(fd)
+}
+
+/// Makes an empty memfd, for [`size_and_seal`] to give it a length.
+///
+/// # Errors
+///
+/// If the kernel has no memory or descriptor left.
+pub fn unsized_yet(name: &str) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
     let fd = match rustix::fs::memfd_create(name, flags) {
         // NOEXEC_SEAL is of Linux 6.3.
@@ -21,11 +34,26 @@ pub fn sealed(name: &str, len: u64) -> io::Result<OwnedFd> {
         }
         other => other?,
     };
-    rustix::fs::ftruncate(&fd, len)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    // Else any user could open it again by way of /proc.
-    rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+    // Other users shall not open it by way of /proc.
+    rustix::fs::fchmod(&fd, Mode::RUSR)?;
     Ok(fd)
+}
+
+/// Gives a memfd its length for good, unless somebody has done so before.
+///
+/// # Errors
+///
+/// `InvalidInput` if it has another length for good.
+pub fn size_and_seal(fd: BorrowedFd<'_>, len: u64) -> io::Result<()> {
+    if sealed_len(fd).is_ok_and(|has| has != len) {
+        let why = format!("it has another length than {len:#x} for good");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    if sealed_len(fd).is_ok() {
+        return Ok(());
+    }
+    rustix::fs::ftruncate(fd, len)?;
+    Ok(rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?)
 }
 
 /// The length of a memfd that nobody can make shorter.

@@ -196,8 +196,13 @@ impl Mapping {
         Self::owning(base, len)
     }
 
-    /// A shared mapping of a file's first `len` bytes that must only be read.
-    pub(crate) fn file_read_only(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+    /// A shared mapping of a file's first `len` bytes, for reading: by [`read`](Self::read)
+    /// and the kernel. Writing to it is a SIGSEGV.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be mapped.
+    pub fn file_read_only(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
         let (prot, flags) = (ProtFlags::READ, MapFlags::SHARED);
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe { mm::mmap(ptr::null_mut(), len, prot, flags, file, 0) }?;

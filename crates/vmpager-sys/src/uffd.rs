@@ -7,6 +7,7 @@
 //! the ioctl numbers built from them are checked at compile time.
 
 mod message;
+mod minor;
 mod protect;
 mod staging;
 
@@ -64,6 +65,8 @@ impl Features {
     pub const THREAD_ID: Self = Self(raw::UFFD_FEATURE_THREAD_ID as u64);
     /// `UFFDIO_POISON` exists.
     pub const POISON: Self = Self(raw::UFFD_FEATURE_POISON as u64);
+    /// Minor faults on shared memory: on pages that its file has, and the mapping not.
+    pub const MINOR_SHMEM: Self = Self(raw::UFFD_FEATURE_MINOR_SHMEM as u64);
     /// `UFFDIO_MOVE` exists.
     pub const MOVE: Self = Self(raw::UFFD_FEATURE_MOVE as u64);
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
+use vmpager::clean::{self, Offered};
 use vmpager::core::{Hva, PageSource};
 use vmpager::store::RawFile;
 use vmpager::{NeighbourPolicy, Pager};
@@ -109,6 +110,15 @@ pub enum RestoreMemory {
         /// If the pager does not serve it.
         refused: OnRefusal,
     },
+    /// A private mapping of memory that a pager shares with other VMs of the same image,
+    /// handed to it as absent memory is: pages that the guest has not written to are
+    /// there once for all of them (`vmpager serve --share-clean`).
+    CleanShared {
+        /// Where the pager listens.
+        socket: PathBuf,
+        /// If the pager does not serve it.
+        refused: OnRefusal,
+    },
     /// Absent memory, whose pages a thread of this process brings as they are
     /// touched.
     InProcess(InProcess),
@@ -171,8 +181,13 @@ impl GuestMemory {
                 let all = Memslot::flat(bytes);
                 let regions: Vec<Region> =
                     all.iter().map(|all| Region::new(&memory.mapping, all, page_size)).collect();
-                let peer = hand_over(&memory.mapping, &regions, None, (&socket, &refused))?;
-                Ok(memory.served(peer))
+                let stream = connect(&socket)?;
+                let uffd = register(&memory.mapping, &regions)?;
+                let peer = hand_over((stream, &refused), uffd, &regions, None);
+                Ok(memory.served(peer.map_err(failed(&socket))?))
+            }
+            RestoreMemory::CleanShared { socket, refused } => {
+                Self::clean_shared(snapshot, (&socket, &refused))
             }
             RestoreMemory::Shared { socket, exits, refused } => {
                 Self::shared(snapshot, (&socket, &refused), exits)
@@ -222,7 +237,11 @@ impl GuestMemory {
         let slots = snapshot.state.memslots.clone();
         let region = |slot| Region::new(&mapping, slot, PAGE_SIZE).in_memfd(slot);
         let regions: Vec<Region> = slots.iter().map(region).collect();
-        let peer = hand_over(&mapping, &regions, Some(memfd.as_fd()), pager)?;
+        let (socket, refused) = pager;
+        let stream = connect(socket)?;
+        let uffd = register(&mapping, &regions)?;
+        let peer = hand_over((stream, refused), uffd, &regions, Some(memfd.as_fd()));
+        let peer = peer.map_err(failed(socket))?;
         let delivery = match &exits {
             None => Delivery::Userfaultfd,
             Some(_) => Delivery::Exit(ExitMechanism::View),
@@ -232,6 +251,34 @@ impl GuestMemory {
             .served(peer.asked_at(door))
             .delivered_by(delivery)
             .map_err(cannot_map)
+    }
+
+    fn clean_shared(
+        snapshot: &Snapshot,
+        (socket, refused): (&Path, &OnRefusal),
+    ) -> Result<Self, VmError> {
+        let bytes = snapshot.memory_bytes();
+        let stream = connect(socket)?;
+        let Offered { memfd, len } = clean::ask(&stream).map_err(failed(socket))?;
+        if len != bytes {
+            return Err(VmError::Config {
+                field: "length of the pager's clean pages",
+                value: len,
+                remedy: "have the pager serve the image of this snapshot's memory",
+            });
+        }
+        let mapping = Mapping::file_private(memfd.as_fd(), to_usize(len))
+            .map_err(|error| VmError::Memory { bytes, error })?;
+        let mapping = Arc::new(mapping);
+        let features = Features::EVENT_REMOVE.union(Features::THREAD_ID);
+        let uffd = Userfaultfd::open(features.union(Features::MINOR_SHMEM))?;
+        uffd.register_minor(&GuestRange::of_mapping(&mapping)).map_err(VmError::Register)?;
+        let slots = snapshot.state.memslots.clone();
+        let all = Memslot::flat(bytes);
+        let regions: Vec<Region> =
+            all.iter().map(|all| Region::new(&mapping, all, PAGE_SIZE).clean()).collect();
+        let peer = hand_over((stream, refused), uffd, &regions, None).map_err(failed(socket))?;
+        Ok(Self::new(mapping, slots).served(peer))
     }
 
     fn by_oracle(snapshot: &Snapshot, mechanism: ExitMechanism) -> Result<Self, VmError> {
@@ -279,7 +326,9 @@ fn can_be_private(from: &RestoreMemory, backend: PrivateBackend) -> Result<(), V
         RestoreMemory::InProcess(InProcess { delivery: Delivery::Exit(_), .. }) => {
             "missing pages of memory that can be private are no exits: deliver them by userfaultfd"
         }
-        RestoreMemory::Shared { .. } | RestoreMemory::Oracle(_) => {
+        RestoreMemory::Shared { .. }
+        | RestoreMemory::CleanShared { .. }
+        | RestoreMemory::Oracle(_) => {
             "memory that others map or foretell stays shared: restore it eagerly or on demand"
         }
         RestoreMemory::Prepared(_) => {
@@ -301,6 +350,9 @@ struct Region {
     /// Where others find it.
     #[serde(flatten)]
     shared: Option<InMemfd>,
+    /// It is a mapping of the pager's clean pages.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    clean_pages: bool,
 }
 
 /// Where a region lies in the memfd that comes with the handshake.
@@ -320,7 +372,13 @@ impl Region {
             page_size,
             page_size_kib: page_size,
             shared: None,
+            clean_pages: false,
         }
+    }
+
+    /// The same, when the mapping is of the pager's clean pages.
+    fn clean(self) -> Self {
+        Self { clean_pages: true, ..self }
     }
 
     /// The same, when the mapping is of a memfd.
@@ -330,28 +388,37 @@ impl Region {
     }
 }
 
-/// Registers the memory, and sends its layout, the userfaultfd and the memfd, if
-/// there is one, in one message.
-fn hand_over(
-    mapping: &Arc<Mapping>,
-    regions: &[Region],
-    memfd: Option<BorrowedFd<'_>>,
-    (socket, refused): (&Path, &OnRefusal),
-) -> Result<Served, VmError> {
+fn connect(socket: &Path) -> Result<UnixStream, VmError> {
+    UnixStream::connect(socket).map_err(failed(socket))
+}
+
+fn failed(socket: &Path) -> impl Fn(io::Error) -> VmError {
+    |error| VmError::Handshake { socket: socket.to_path_buf(), error }
+}
+
+/// Registers absent memory.
+fn register(mapping: &Arc<Mapping>, regions: &[Region]) -> Result<Userfaultfd, VmError> {
     let features = Features::EVENT_REMOVE.union(Features::THREAD_ID);
     let is_huge = regions.iter().any(|region| region.page_size > PAGE_SIZE);
     let features = if is_huge { features.union(Features::MISSING_HUGETLBFS) } else { features };
     let uffd = Userfaultfd::open(features)?;
     uffd.register_missing(&GuestRange::of_mapping(mapping)).map_err(VmError::Register)?;
+    Ok(uffd)
+}
 
-    let message = serde_json::to_vec(regions).expect("plain fields always serialize");
-    let failed = |error| VmError::Handshake { socket: socket.to_path_buf(), error };
-    let stream = UnixStream::connect(socket).map_err(failed)?;
+/// Sends the memory's layout, its userfaultfd and the memfd, if there is one, in one
+/// message.
+fn hand_over(
+    (stream, refused): (UnixStream, &OnRefusal),
+    uffd: Userfaultfd,
+    regions: &[Region],
+    memfd: Option<BorrowedFd<'_>>,
+) -> io::Result<Served> {
+    let message = serde_json::to_vec(regions)?;
     let fds: Vec<BorrowedFd<'_>> = std::iter::once(uffd.as_fd()).chain(memfd).collect();
-    let sent = send_with_fds(&stream, &message, &fds).map_err(failed)?;
-    if sent != message.len() {
-        return Err(failed(std::io::ErrorKind::WriteZero.into()));
+    if send_with_fds(&stream, &message, &fds)? != message.len() {
+        return Err(io::ErrorKind::WriteZero.into());
     }
-    let connection = Connection::new(stream, refused).map_err(failed)?;
+    let connection = Connection::new(stream, refused)?;
     Ok(Served::ByPeer { door: None, _connection: connection, _uffd: uffd })
 }

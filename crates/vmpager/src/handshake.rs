@@ -8,12 +8,17 @@
 //! too: each region then has `memfd`, which of the descriptors after the
 //! userfaultfd it lies in, `memfd_offset`, where in it, and `gpa_start`.
 //!
+//! A VMM that would rather map memory that it shares with others
+//! ([`clean`](crate::clean)) asks for it before, by an object (`{"clean_pages": true}`)
+//! where a handshake is an array, and is answered; its regions then say so, too.
+//!
 //! The array may arrive in pieces and further arrays may follow, so the bytes
 //! are collected in an [`Inbox`] until they make a message. All of it comes
 //! from outside: sizes are limited, unknown fields are ignored, and every
 //! refusal names the field and the remedy.
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use vmpager_core::{Hva, PageSize, Slot};
 
 /// The longest message accepted, in bytes: some 500 regions.
@@ -86,6 +91,21 @@ pub enum HandshakeError {
         /// The field it lacks.
         field: &'static str,
     },
+    /// Some regions are of clean pages, others not.
+    #[error(
+        "region {index}: clean_pages differs from that of region 0; either all memory is a \
+         mapping of clean pages, or none"
+    )]
+    CleanPages {
+        /// Which region.
+        index: usize,
+    },
+    /// An object that asks for something else.
+    #[error(
+        "what came is not a JSON array of memory regions, but an object that asks for nothing; \
+         {{\"clean_pages\": true}} asks for clean pages"
+    )]
+    Question,
     /// The message came without a descriptor.
     #[error(
         "the handshake came without a descriptor; the userfaultfd must be attached to the \
@@ -101,6 +121,23 @@ pub struct Handshake {
     pub slots: Vec<Slot>,
     /// Where each of them can be had by other processes; empty if none can.
     pub memfds: Vec<InMemfd>,
+    /// Whether they are private mappings of the clean pages it was given.
+    pub clean_pages: bool,
+}
+
+/// What a peer says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// It hands memory over.
+    Handshake(Handshake),
+    /// It asks for the clean pages.
+    AsksForCleanPages,
+}
+
+/// What asks for clean pages.
+#[derive(Debug, Deserialize)]
+struct Question {
+    clean_pages: Option<bool>,
 }
 
 impl Handshake {
@@ -137,6 +174,8 @@ struct Region {
     gpa_start: Option<u64>,
     memfd: Option<u8>,
     memfd_offset: Option<u64>,
+    #[serde(default)]
+    clean_pages: bool,
 }
 
 impl Region {
@@ -207,11 +246,25 @@ impl Inbox {
     /// # Errors
     ///
     /// If what arrived cannot become a valid message.
-    pub fn next_message(&mut self) -> Result<Option<Handshake>, HandshakeError> {
+    pub fn next_message(&mut self) -> Result<Option<Said>, HandshakeError> {
+        let first = self.bytes.iter().find(|byte| !byte.is_ascii_whitespace());
+        if first == Some(&b'{') {
+            let question: Option<Question> = self.next_value()?;
+            return match question.map(|question| question.clean_pages) {
+                None => Ok(None),
+                Some(Some(true)) => Ok(Some(Said::AsksForCleanPages)),
+                Some(_) => Err(HandshakeError::Question),
+            };
+        }
+        let regions: Option<Vec<Region>> = self.next_value()?;
+        regions.map(|regions| handshake(&regions).map(Said::Handshake)).transpose()
+    }
+
+    fn next_value<T: DeserializeOwned>(&mut self) -> Result<Option<T>, HandshakeError> {
         let mut stream = serde_json::Deserializer::from_slice(&self.bytes).into_iter();
-        let regions: Vec<Region> = match stream.next() {
+        let value = match stream.next() {
             None => return Ok(None),
-            Some(Ok(regions)) => regions,
+            Some(Ok(value)) => value,
             Some(Err(error)) if error.is_eof() => {
                 self.looks += 1;
                 let many = self.looks >= MAX_PIECES;
@@ -222,17 +275,25 @@ impl Inbox {
         let used = stream.byte_offset();
         self.looks = 0;
         self.bytes.drain(..used);
-        if regions.len() > MAX_REGIONS {
-            return Err(HandshakeError::TooManyRegions(regions.len()));
-        }
-        let each = || regions.iter().enumerate();
-        let slots = each().map(|(index, region)| region.slot(index)).collect::<Result<_, _>>()?;
-        let memfds = match regions.iter().any(|region| region.memfd.is_some()) {
-            true => each().map(|(i, region)| region.in_memfd(i)).collect::<Result<_, _>>()?,
-            false => Vec::new(),
-        };
-        Ok(Some(Handshake { slots, memfds }))
+        Ok(Some(value))
     }
+}
+
+fn handshake(regions: &[Region]) -> Result<Handshake, HandshakeError> {
+    if regions.len() > MAX_REGIONS {
+        return Err(HandshakeError::TooManyRegions(regions.len()));
+    }
+    let each = || regions.iter().enumerate();
+    let clean_pages = regions.first().is_some_and(|region| region.clean_pages);
+    if let Some((index, _)) = each().find(|(_, region)| region.clean_pages != clean_pages) {
+        return Err(HandshakeError::CleanPages { index });
+    }
+    let slots = each().map(|(index, region)| region.slot(index)).collect::<Result<_, _>>()?;
+    let memfds = match regions.iter().any(|region| region.memfd.is_some()) {
+        true => each().map(|(i, region)| region.in_memfd(i)).collect::<Result<_, _>>()?,
+        false => Vec::new(),
+    };
+    Ok(Handshake { slots, memfds, clean_pages })
 }
 
 #[cfg(test)]
@@ -242,12 +303,15 @@ mod tests {
     fn parse(json: &str) -> Result<Option<Handshake>, HandshakeError> {
         let mut inbox = Inbox::default();
         inbox.push(json.as_bytes())?;
-        inbox.next_message()
+        Ok(inbox.next_message()?.map(|said| match said {
+            Said::Handshake(handshake) => handshake,
+            Said::AsksForCleanPages => panic!("no question"),
+        }))
     }
 
     /// Slots that only their process can map.
     fn private(slots: Vec<Slot>) -> Option<Handshake> {
-        Some(Handshake { slots, memfds: Vec::new() })
+        Some(Handshake { slots, ..Handshake::default() })
     }
 
     fn slot(hva: u64, len: u64, source_offset: u64, page_size: PageSize) -> Slot {
@@ -281,7 +345,10 @@ mod tests {
             inbox.push(&[byte]).expect("short");
         }
         assert!(inbox.is_partial());
-        assert_eq!(inbox.next_message().expect("whole").map(|h| h.slots.len()), Some(1));
+        assert!(matches!(
+            inbox.next_message().expect("whole"),
+            Some(Said::Handshake(it)) if it.slots.len() == 1
+        ));
         assert!(!inbox.is_partial());
     }
 
@@ -297,6 +364,29 @@ mod tests {
         assert_eq!(handshake.memfds[1], InMemfd { gpa: 1 << 32, memfd: 0, offset: 8192 });
         assert_eq!(handshake.descriptors(), 3);
         assert_eq!(Handshake::default().descriptors(), 1);
+    }
+
+    #[test]
+    fn clean_pages_are_asked_for_and_then_named_by_all_regions() {
+        let region = |extra: &str| {
+            format!(r#"{{"base_host_virt_addr":4096,"size":4096,"offset":0{extra}}}"#)
+        };
+        let (clean, other) = (region(r#","clean_pages":true"#), region(""));
+        let mut inbox = Inbox::default();
+        let question = br#" {"clean_pages" : true, "more": [1]}"#;
+        for (i, byte) in question.iter().enumerate() {
+            assert_eq!(inbox.next_message().expect("a prefix is no error"), None, "byte {i}");
+            inbox.push(&[*byte]).expect("short");
+        }
+        inbox.push(format!("[{clean},{clean}]").as_bytes()).expect("short");
+        assert_eq!(inbox.next_message().expect("whole"), Some(Said::AsksForCleanPages));
+        let Some(Said::Handshake(handshake)) = inbox.next_message().expect("whole") else {
+            panic!("no handshake")
+        };
+        assert!(handshake.clean_pages && handshake.slots.len() == 2);
+        assert!(!parse(&format!("[{other}]")).expect("valid").expect("whole").clean_pages);
+        let error = parse(&format!("[{other},{clean}]")).expect_err("mixed").to_string();
+        assert!(error.contains("region 1: clean_pages"), "{error}");
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! | [`keeper`] | the process that holds what a daemon must not lose |
 //! | [`sandbox`] | what a worker gives up before it listens to anybody |
 //! | [`handshake`] | Firecracker's handler protocol |
+//! | [`clean`] | one copy of the pages that VMs have not written to, for all VMs |
 //! | [`metrics`] | what a daemon shows of itself |
 //! | [`stats`] | what a session did, as numbers |
 //! | `worker` | the thread that serves: faults, finished reads, fill |
@@ -23,6 +24,7 @@
 
 mod arrival;
 pub mod attach;
+pub mod clean;
 pub mod daemon;
 pub mod handshake;
 pub mod installer;

@@ -4,7 +4,9 @@
 mod apf;
 mod attach;
 mod convert;
+mod daemon;
 mod exit;
+mod fanout;
 mod fault;
 mod image;
 mod prefetch;
@@ -42,6 +44,8 @@ pub(crate) enum BenchCommand {
     /// One daemon and more and more VMs: faults per second, how fair, what each
     /// costs.
     Sessions(sessions::SessionsArgs),
+    /// Many VMs of one image: the memory they take, against as many copies.
+    Fanout(fanout::FanoutArgs),
 }
 
 pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
@@ -55,6 +59,7 @@ pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Prefetch(args) => prefetch::run(args),
         BenchCommand::Restore(args) => restore::run(args),
         BenchCommand::Sessions(args) => sessions::run(args),
+        BenchCommand::Fanout(args) => fanout::run(args),
     }
 }
 

@@ -6,7 +6,6 @@
 //! time, and compare what they find. Then nobody does anything for a while.
 
 mod client;
-mod daemon;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -19,7 +18,7 @@ use serde::Serialize;
 use vmpager_store::MemorySource;
 
 use self::client::{Plan, Touch, Touched};
-use self::daemon::Daemon;
+use super::daemon::Daemon;
 use super::{median, round, to_f64};
 use crate::restore::process::{Running, vmpager_to_talk_to};
 use crate::restore::{Cache, prepare_cache};
@@ -177,7 +176,7 @@ impl Bench<'_> {
         let (used, idle) = (daemon.cost()?.cpu_ns - before, since.elapsed());
         let takeover_ms = self.args.kill.then(|| takeover(&daemon, &mut vms)).transpose()?;
         vms.end()?;
-        daemon.stop()?;
+        drop(daemon.stop()?);
 
         let faults: u64 = busy.pages.iter().sum();
         let seconds = to_f64(busy.end_ns.saturating_sub(start_ns)) / 1e9;

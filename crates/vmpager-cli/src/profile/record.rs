@@ -65,6 +65,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         collapse: false,
         attach: None,
         once: true,
+        share_clean: false,
         replace: false,
         no_seccomp: false,
         kept: false,

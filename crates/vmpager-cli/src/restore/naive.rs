@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 use vmpager::core::{Hva, SlotSet};
-use vmpager::handshake::Inbox;
+use vmpager::handshake::{Inbox, Said};
 use vmpager_sys::file_map::FileMap;
 use vmpager_sys::peer::{Peer, recv_with_fds};
 use vmpager_sys::uffd::{Message, Messages, Stop, Userfaultfd};
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &NaiveArgs) -> anyhow::Result<()> {
     let mut inbox = Inbox::default();
     let mut fds: Vec<OwnedFd> = Vec::new();
     let slots = loop {
-        if let Some(handshake) = inbox.next_message()? {
+        if let Some(Said::Handshake(handshake)) = inbox.next_message()? {
             break SlotSet::new(&handshake.slots, map.len())?;
         }
         poll(&mut [PollFd::new(&socket, PollFlags::IN)], None)?;

@@ -58,6 +58,10 @@ pub(crate) struct RestoreArgs {
     /// where they come to.
     #[arg(long, value_name = "DIR", requires = "pager", conflicts_with = "huge_pages")]
     attach: Option<PathBuf>,
+    /// Share the pages that the guest has not written to with other VMs of the image that
+    /// the pager serves (`vmpager serve --share-clean`): they take memory once.
+    #[arg(long, requires = "pager", conflicts_with_all = ["attach", "huge_pages"])]
+    share_clean: bool,
     /// While nobody waits, bring in memory that was not touched; a pager has a
     /// switch of its own for that.
     #[arg(long, conflicts_with = "pager")]
@@ -198,6 +202,7 @@ impl RestoreArgs {
     fn on_demand_option(&self) -> Option<&'static str> {
         let given = [
             (self.pager.is_some(), "--pager"),
+            (self.share_clean, "--share-clean"),
             (self.background_fill, "--background-fill"),
             (self.collapse, "--collapse"),
             (self.delivery != DeliveryArg::Uffd, "--delivery"),
@@ -262,6 +267,7 @@ fn by_pager(args: &RestoreArgs, socket: &Path) -> anyhow::Result<RestoreMemory> 
     let refused = end_if_refused(args, socket);
     let socket = socket.to_path_buf();
     Ok(match (&args.attach, args.delivery) {
+        (None, DeliveryArg::Uffd) if args.share_clean => RestoreMemory::CleanShared { socket },
         (None, DeliveryArg::Uffd) => {
             RestoreMemory::OnDemand { socket, huge_pages: args.huge_pages, refused }
         }

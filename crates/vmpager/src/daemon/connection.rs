@@ -15,7 +15,7 @@ use vmpager_sys::peer::{
 use vmpager_sys::uffd::Userfaultfd;
 
 use crate::attach::{Entrance, LeftDoor};
-use crate::handshake::{Handshake, HandshakeError, Inbox};
+use crate::handshake::{Handshake, HandshakeError, Inbox, Said};
 use crate::metrics::Refusal;
 use crate::reads::MemoryId;
 use crate::refusal;
@@ -84,6 +84,8 @@ pub(super) enum ReceiveError {
          is served"
     )]
     TooManyDescriptors,
+    #[error("it asked for clean pages twice on one connection")]
+    AsksTwice,
     #[error("receiving the handshake: {0}")]
     Io(#[from] io::Error),
 }
@@ -102,6 +104,10 @@ pub(super) struct Connection {
     fds: Vec<OwnedFd>,
     /// A whole message whose descriptors have not come yet.
     handshake: Option<Handshake>,
+    /// It asks for clean pages, and has not been answered.
+    asks: bool,
+    /// It has asked, and was answered.
+    answered: bool,
     /// Userfaultfds that are not served, kept so that nobody reads zeroes.
     refused: Vec<OwnedFd>,
     /// Memories that can be served no longer, kept for the same reason.
@@ -146,6 +152,8 @@ impl Connection {
             inbox: Inbox::default(),
             fds: Vec::new(),
             handshake: None,
+            asks: false,
+            answered: false,
             refused: Vec::new(),
             failed: Vec::new(),
             timeout,
@@ -223,8 +231,15 @@ impl Connection {
             return Err(ReceiveError::TooManyDescriptors);
         }
         self.inbox.push(&bytes[..count])?;
-        if self.handshake.is_none() {
-            self.handshake = self.inbox.next_message()?;
+        while self.handshake.is_none() {
+            match self.inbox.next_message()? {
+                None => break,
+                Some(Said::Handshake(handshake)) => self.handshake = Some(handshake),
+                Some(Said::AsksForCleanPages) if self.asks || self.answered => {
+                    return Err(ReceiveError::AsksTwice);
+                }
+                Some(Said::AsksForCleanPages) => self.asks = true,
+            }
         }
         if let Some(handshake) = self.handshake.take_if(|it| it.descriptors() <= self.fds.len()) {
             let mut fds = std::mem::take(&mut self.fds).into_iter();
@@ -238,6 +253,8 @@ impl Connection {
             let more = self.inbox.is_partial();
             self.deadline = more.then(|| Instant::now() + self.timeout);
             let offer = Offer { handshake, uffd, memfds };
+            // Who hands memory over was answered, if by another process.
+            self.answered |= std::mem::take(&mut self.asks);
             if let Some(left) = self.known.checked_sub(1) {
                 self.known = left;
                 return Ok(Arrival::Known(offer));
@@ -248,6 +265,15 @@ impl Connection {
             self.deadline = Some(Instant::now() + self.timeout);
         }
         Ok(Arrival::Part)
+    }
+
+    /// Who is to be given the clean pages, if it asks for them: once.
+    pub(super) fn asks(&mut self) -> Option<BorrowedFd<'_>> {
+        if !std::mem::take(&mut self.asks) {
+            return None;
+        }
+        self.answered = true;
+        self.socket()
     }
 
     /// Whether one more memory of it is taken. If not, its descriptor is kept open.
@@ -407,13 +433,13 @@ impl Connection {
 
     /// Time is up for a handshake: says what is missing.
     pub(super) fn late(&mut self) -> String {
-        let handshake = match self.handshake.take() {
-            None => self.inbox.next_message(),
-            handshake => Ok(handshake),
+        let whole = match &self.handshake {
+            None => self.inbox.next_message().map(|said| said.is_some()),
+            Some(_) => Ok(true),
         };
-        match handshake {
-            Ok(Some(_)) => HandshakeError::NoDescriptor.to_string(),
-            Ok(None) => format!("no complete handshake within {:?}; closed", self.timeout),
+        match whole {
+            Ok(true) => HandshakeError::NoDescriptor.to_string(),
+            Ok(false) => format!("no complete handshake within {:?}; closed", self.timeout),
             Err(error) => error.to_string(),
         }
     }

@@ -10,6 +10,7 @@ use tracing::{error, info, warn};
 use vmpager_sys::peer::Peer;
 use vmpager_sys::uffd::Userfaultfd;
 
+use super::clean;
 use super::doors::Opening;
 use super::front::Front;
 use super::{
@@ -49,6 +50,17 @@ impl KeeperLink {
     /// What the keeper holds of what is served, in the order it was given.
     pub fn sources(&mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.sources)
+    }
+
+    /// The files of the clean pages, which the keeper holds after everything else.
+    ///
+    /// # Errors
+    ///
+    /// If it holds none.
+    pub fn clean_pages(&mut self) -> io::Result<[OwnedFd; 2]> {
+        let (map, pages) = (self.sources.pop(), self.sources.pop());
+        let both = pages.zip(map).ok_or_else(|| io::Error::other("the keeper holds none"))?;
+        Ok(both.into())
     }
 }
 
@@ -170,11 +182,15 @@ impl Daemon {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let source = &*self.config.source;
         let [uffd, map, record] = fds;
-        let served = (|| {
+        let served: Result<Served, String> = (|| {
             let uffd = Userfaultfd::adopt(uffd).map_err(|error| error.to_string())?;
             let state = State::open(map, record, source).map_err(|error| error.to_string())?;
-            Served::take_over(memory, uffd, state, source, &self.config.options)
-                .map_err(|error| error.to_string())
+            let clean = clean::of_memory(state.record.clean_pages(), self.config.clean.as_ref())?;
+            let served = Served::take_over(memory, uffd, state, source, &self.config.options)
+                .map_err(|error| error.to_string())?;
+            Ok(clean
+                .into_iter()
+                .fold(served, |served, (clean, id)| served.of_clean_pages(clean, id)))
         })();
         let session = session_of(id);
         let peer_pid = connection.pid();

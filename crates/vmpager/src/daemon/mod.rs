@@ -7,6 +7,7 @@
 //! slow down anybody's faults.
 
 mod access;
+mod clean;
 mod connection;
 mod doors;
 mod front;
@@ -34,6 +35,7 @@ use self::front::Front;
 pub use self::kept::KeeperLink;
 pub use self::listener::listen;
 pub(crate) use self::listener::{beside, listen_with, permit, unlisten};
+use crate::clean::{CleanPages, CleanSource};
 use crate::kill;
 use crate::metrics::{self, Board};
 use crate::reads::MemoryId;
@@ -76,6 +78,8 @@ pub struct DaemonConfig {
     /// in its memory ([`Attached`](crate::Attached)): `PID.sock`, by its VMM's
     /// process id.
     pub attach: Option<PathBuf>,
+    /// Pages that VMs share as long as they do not write to them, for those who ask.
+    pub clean: Option<Arc<CleanPages>>,
 }
 
 impl DaemonConfig {
@@ -96,6 +100,7 @@ impl DaemonConfig {
             max_memory: u64::MAX,
             faults_per_turn: 16,
             attach: None,
+            clean: None,
         }
     }
 }
@@ -343,7 +348,14 @@ impl Daemon {
             let Some(connection) = self.connections.get_mut(&id) else { return };
             match connection.receive() {
                 Ok(Arrival::Nothing) => return,
-                Ok(Arrival::Part | Arrival::Known(_)) => {}
+                Ok(Arrival::Part | Arrival::Known(_)) => {
+                    let clean = self.config.clean.as_ref();
+                    let answered = connection.asks().map(|peer| clean::answer(peer, clean));
+                    if let Some(Err(problem)) = answered {
+                        self.refuse(id, &problem.into());
+                        return;
+                    }
+                }
                 Ok(Arrival::HangUp) => {
                     self.peer_hung_up(id);
                     return;
@@ -387,7 +399,14 @@ impl Daemon {
         let memory = connection.next_memory(id);
         let memory_bytes = slots.bytes();
         let served = Served::new(memory, uffd, slots, state, source, &self.config.options);
-        let mut served = connection.adapt(served, &self.config.options);
+        let served = connection.adapt(served, &self.config.options);
+        let mut served = match clean::adapt(served, &handshake, self.config.clean.as_ref()) {
+            Ok(served) => served,
+            Err((served, problem)) => {
+                connection.hold(Some(served));
+                return Err(problem.into());
+            }
+        };
         if let Err(error) = self.front.keep(session_of(id), &served) {
             connection.hold(Some(Box::new(served)));
             return Err(format!("having it kept: {error}").into());
@@ -575,10 +594,14 @@ impl Workers {
         config.attach.as_deref().map_or(Ok(()), doors::check)?;
         let (tell, events) = crossbeam_channel::unbounded();
         let bell = Arc::new(doorbell()?);
+        let source: Arc<dyn PageSource> = match &config.clean {
+            Some(clean) => CleanSource::new(config.source.clone(), clean.clone()),
+            None => config.source.clone(),
+        };
         let workers = (0..config.workers.max(1)).map(|index| {
             spawn(WorkerConfig {
                 name: format!("vmpager-serve-{index}"),
-                source: config.source.clone(),
+                source: source.clone(),
                 events: tell.clone(),
                 owner: bell.clone(),
                 max_polling: crate::polling::default_max(),

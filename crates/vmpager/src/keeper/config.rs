@@ -2,10 +2,11 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
+use crate::clean;
 use crate::daemon::{Access, DaemonError};
 use crate::metrics::{Endpoint, EndpointError};
 
@@ -57,6 +58,30 @@ impl KeeperConfig {
             inherited: Vec::new(),
         }
     }
+
+    /// Has clean pages held for the workers: [`clean::files`] at the end of `sources`.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no memory or descriptor left.
+    pub fn hold_clean_pages(&mut self) -> io::Result<()> {
+        let names = clean::NAMES.map(PathBuf::from);
+        self.sources.extend(names.into_iter().zip(clean::files()?));
+        Ok(())
+    }
+
+    /// The files of the clean pages, if it holds any.
+    pub(super) fn clean_pages(&self) -> impl Iterator<Item = &(PathBuf, OwnedFd)> {
+        self.sources.iter().filter(|(path, _)| is_clean_pages(path))
+    }
+
+    pub(super) fn clean_pages_mut(&mut self) -> impl Iterator<Item = &mut (PathBuf, OwnedFd)> {
+        self.sources.iter_mut().filter(|(path, _)| is_clean_pages(path))
+    }
+}
+
+fn is_clean_pages(path: &Path) -> bool {
+    clean::NAMES.iter().any(|name| path == Path::new(name))
 }
 
 /// Why a keeper ended.

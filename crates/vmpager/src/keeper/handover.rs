@@ -3,11 +3,11 @@
 //!
 //! ```text
 //!   old keeper                                 new keeper
-//!     |                                          |  starts its worker, which opens
-//!     |                                          |  what it serves
 //!     | <---------------------- connects to the control socket
-//!     | Hello {layout, fingerprint} -----------> |  goes no further if its worker
-//!     |                                          |  serves or reads something else
+//!     | Hello {layout, fingerprint} -----------> |
+//!     |    and the clean pages, if there are any |  starts its worker, which opens
+//!     |                                          |  what it serves; goes no further if
+//!     |                                          |  that is or reads something else
 //!     | <------------------------------- Take -- |
 //!     |  kills its worker                        |
 //!     | Listener, Metrics, Peer, ..., Known ---> |
@@ -20,7 +20,7 @@
 //! worker again.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -92,13 +92,13 @@ impl Control {
     /// # Errors
     ///
     /// If it is another user, or says nothing of use.
-    pub(super) fn answer(&self, served: [u64; 2]) -> io::Result<OwnedFd> {
+    pub(super) fn answer(&self, served: [u64; 2], clean: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
         let asking = accept_with(&self.listener, SocketFlags::CLOEXEC)?;
         let Peer { uid, .. } = Peer::of(&asking)?;
         if uid != 0 && uid != rustix::process::geteuid().as_raw() {
             return Err(io::Error::other(format!("user {uid} may not have it")));
         }
-        send(&asking, Kind::Hello, [served[0], served[1], 0], &[])?;
+        send(&asking, Kind::Hello, [served[0], served[1], 0], clean)?;
         match await_message(&asking)?.kind {
             Kind::Take => Ok(asking),
             kind => Err(io::Error::other(format!("{kind:?} came, not Take"))),
@@ -137,6 +137,8 @@ pub(super) struct Predecessor {
     socket: OwnedFd,
     /// The layout and the fingerprint of what it serves.
     pub(super) served: [u64; 2],
+    /// Its clean pages, if it has any ([`crate::clean`]).
+    pub(super) clean: Vec<OwnedFd>,
 }
 
 impl Predecessor {
@@ -144,8 +146,8 @@ impl Predecessor {
         let asked = unix_socket()?;
         connect(&asked, &SocketAddrUnix::new(control_path(socket))?)?;
         match await_message(&asked)? {
-            Message { kind: Kind::Hello, args: [layout, fingerprint, _], .. } => {
-                Ok(Self { socket: asked, served: [layout, fingerprint] })
+            Message { kind: Kind::Hello, args: [layout, fingerprint, _], fds } => {
+                Ok(Self { socket: asked, served: [layout, fingerprint], clean: fds })
             }
             other => Err(io::Error::other(format!("{:?} came, not Hello", other.kind))),
         }

@@ -252,9 +252,10 @@ impl Keeper {
     fn replace(&mut self) -> Result<(), KeeperError> {
         let socket = self.config.socket.clone();
         let problem = |problem: String| KeeperError::Replace { socket: socket.clone(), problem };
-        let predecessor = Predecessor::ask(&socket).map_err(|error| {
+        let mut predecessor = Predecessor::ask(&socket).map_err(|error| {
             problem(format!("{error}; is a daemon of this user running there?"))
         })?;
+        self.take_clean_pages(std::mem::take(&mut predecessor.clean)).map_err(problem)?;
         self.start_worker()?;
         let Some(worker) = &mut self.worker else { return Ok(()) };
         let ready = handover::await_message(&worker.channel);
@@ -290,10 +291,25 @@ impl Keeper {
         Ok(())
     }
 
+    /// Goes on with another keeper's clean pages.
+    fn take_clean_pages(&mut self, clean: Vec<OwnedFd>) -> Result<(), String> {
+        if !clean.is_empty() && self.config.clean_pages().count() != clean.len() {
+            return Err("its VMs share clean pages; nothing was taken. Give --share-clean".into());
+        }
+        for ((path, fd), theirs) in self.config.clean_pages_mut().zip(clean) {
+            *fd = theirs;
+            let (name, manager) = (manager::source_name(path), &mut self.table.manager);
+            manager.remove(&name);
+            manager.store(&name, &*fd);
+        }
+        Ok(())
+    }
+
     /// Another keeper asks for all there is. Whether it has that now.
     fn hand_over(&mut self) -> Result<bool, KeeperError> {
         let (Some(control), Some(served)) = (&self.control, self.served) else { return Ok(false) };
-        let asking = match control.answer(served) {
+        let clean: Vec<_> = self.config.clean_pages().map(|(_, fd)| fd.as_fd()).collect();
+        let asking = match control.answer(served, &clean) {
             Ok(asking) => asking,
             Err(error) => {
                 warn!("asked to hand over: {error}; going on");

@@ -85,7 +85,8 @@ pub(crate) enum Filled {
     All,
     /// A profile was replayed, and more is not asked for.
     Enough,
-    /// Every page is in place, but other processes may come: the memory stays registered.
+    /// Every page is in place, but the memory stays registered: other processes may come,
+    /// or it is made of clean pages.
     Kept,
 }
 
@@ -262,6 +263,7 @@ impl Served {
                     return match (self.huge_at(), self.outside.is_open()) {
                         (Some(_), _) => Ok(Filled::Wait),
                         (None, true) => Ok(Filled::Kept),
+                        (None, false) if self.clean.is_some() => Ok(Filled::Kept),
                         (None, false) => self.detach(),
                     };
                 }
@@ -394,7 +396,9 @@ impl Served {
             let run = match self.engine.next_fill(u64::MAX) {
                 FillPlan::Bring(Piece::Fetch(run)) => run,
                 FillPlan::Bring(Piece::Zero(_)) => continue,
-                FillPlan::Wait | FillPlan::Complete => return !self.record.has(Flag::MustHold),
+                FillPlan::Wait | FillPlan::Complete => {
+                    return self.put_zeroes_for_good() && !self.record.has(Flag::MustHold);
+                }
             };
             match self.poison_part(run) {
                 Ok(None) => {}

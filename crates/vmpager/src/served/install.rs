@@ -89,6 +89,9 @@ impl Served {
     /// [`FaultPlan::Confirm`](vmpager_core::FaultPlan::Confirm).
     pub(super) fn confirm(&mut self, waiter: Waiter, reads: &mut Reads) -> Result<(), Lost> {
         self.counters.confirmed += 1;
+        if self.confirm_clean(waiter, reads)? {
+            return Ok(());
+        }
         let one = PageRun::new(waiter.page, 1);
         let (hva, len) = self.address(one);
         match self.put_once(hva, len, Put::Zeroes).stop {
@@ -189,8 +192,14 @@ impl Served {
         if self.outside.frozen {
             return self.uffd.copy_protected(hva.0, src, len);
         }
-        let Some(asleep) = &mut self.asleep else { return self.uffd.copy(hva.0, src, len) };
-        let done = self.uffd.copy_without_waking(hva.0, src, len);
+        let wake = self.asleep.is_none();
+        let done = match (&self.clean, what) {
+            (Some(_), Put::Zeroes) => self.uffd.map_zeroes(hva.0, len, wake),
+            (Some(clean), _) if clean.holds(src) => self.uffd.map_file_pages(hva.0, len, wake),
+            _ if wake => self.uffd.copy(hva.0, src, len),
+            _ => self.uffd.copy_without_waking(hva.0, src, len),
+        };
+        let Some(asleep) = &mut self.asleep else { return done };
         asleep.start = asleep.start.min(hva.0);
         asleep.end = asleep.end.max(hva.0 + done.bytes);
         done

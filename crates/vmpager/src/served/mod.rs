@@ -16,6 +16,7 @@
 //!   (2, 4).
 
 mod background;
+mod clean;
 mod huge;
 mod install;
 mod limits;
@@ -55,6 +56,7 @@ use self::record::{Flag, Record};
 pub(crate) use self::record::{RecordError, State, VERSION as RECORD_VERSION};
 pub(crate) use self::turn::Turn;
 use crate::arrival::Arrival;
+use crate::clean::CleanPages;
 use crate::kill;
 use crate::reads::{MemoryId, Reads, Waiter};
 use crate::shared::{Serving, Shared};
@@ -163,6 +165,8 @@ pub(crate) struct Served {
     outside: Outside,
     /// Who has huge pages made, if they are.
     huge: Option<huge::Huge>,
+    /// What it is a private mapping of, if it is.
+    clean: Option<Arc<CleanPages>>,
     /// The threads whose faults come by the userfaultfd, if it names them.
     threads: Option<Threads>,
 }
@@ -228,6 +232,7 @@ impl Served {
             arrival: Arrival::new(),
             outside: Outside::default(),
             huge: None,
+            clean: None,
             threads: None,
         }
     }

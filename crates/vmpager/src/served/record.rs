@@ -7,12 +7,13 @@
 //! | words | what |
 //! |---|---|
 //! | 0 | magic, `b"VMPGSES\0"` little-endian |
-//! | 1 | version of this layout: 1 |
+//! | 1 | version of this layout: 2 |
 //! | 2 | number of slots |
 //! | 3 | flags: [`Flag`] |
 //! | 4 | fingerprint of the source ([`PageSource::fingerprint`]) |
 //! | 5 | how many processes took the memory over |
 //! | 6 | slots of the view whose messages are read; 0: the memory's own |
+//! | 7 | which clean pages its memory is a mapping of; 0: none |
 //! | 512..768 | messages read from a userfaultfd and not yet applied |
 //! | 768..1024 | that view's host address of each slot |
 //! | 1024.. | four words a slot: host address, bytes, offset in the source, page size |
@@ -58,12 +59,13 @@ use vmpager_sys::uffd::Messages;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"VMPGSES\0");
 /// The layout that this version reads and writes.
-pub(crate) const VERSION: u64 = 1;
+pub(crate) const VERSION: u64 = 2;
 const COUNT: usize = 2;
 const FLAGS: usize = 3;
 const SOURCE: usize = 4;
 const TAKEOVERS: usize = 5;
 const VIEW: usize = 6;
+const CLEAN: usize = 7;
 const VIEW_AT: std::ops::Range<usize> = 768..1024;
 const JOURNAL: usize = 512;
 const SLOTS: usize = 1024;
@@ -266,6 +268,16 @@ impl Record {
     /// How many processes took the memory over.
     pub(crate) fn takeovers(&self) -> u64 {
         self.word(TAKEOVERS)
+    }
+
+    /// Says which clean pages the memory is a mapping of.
+    pub(crate) fn set_clean_pages(&self, id: u64) {
+        self.words[CLEAN].store(id, Ordering::Release);
+    }
+
+    /// Which clean pages it is a mapping of; 0 if of none.
+    pub(crate) fn clean_pages(&self) -> u64 {
+        self.word(CLEAN)
     }
 
     pub(crate) fn memfd(&self) -> BorrowedFd<'_> {

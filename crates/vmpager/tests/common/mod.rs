@@ -23,6 +23,7 @@ macro_rules! begin {
 }
 
 pub(crate) mod child;
+pub(crate) mod clean_vm;
 pub(crate) mod daemon;
 pub(crate) mod home;
 pub(crate) mod kept;

@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::restore::process::{Running, vmpager};
+use crate::serve::ServeReport;
 
 /// `vmpager serve`, killed when dropped.
 #[derive(Debug)]
@@ -29,20 +30,26 @@ pub(super) struct Cost {
 impl Daemon {
     /// Starts one that brings one page for each fault.
     pub(super) fn start(socket: &Path, memory: &Path) -> anyhow::Result<Self> {
-        let args = ["serve", "--prefetch", "off", "--socket"].map(PathBuf::from);
-        let args: Vec<PathBuf> =
-            args.into_iter().chain([socket.into(), "--memory".into(), memory.into()]).collect();
+        Self::with(socket, &["--prefetch".as_ref(), "off".as_ref(), "--memory".as_ref(), memory])
+    }
+
+    /// Starts one with these options.
+    pub(super) fn with(socket: &Path, options: &[&Path]) -> anyhow::Result<Self> {
+        let args = ["serve", "--json", "--socket"].map(PathBuf::from).into_iter();
+        let options = options.iter().map(|option| option.to_path_buf());
+        let args: Vec<PathBuf> = args.chain([socket.into()]).chain(options).collect();
         let mut running = vmpager(&args)?;
         running.wait_for(socket)?;
         let keeper = running.id().context("the daemon has ended")?;
         Ok(Self { running, keeper })
     }
 
-    /// Has it end, once its VMs have.
-    pub(super) fn stop(self) -> anyhow::Result<()> {
+    /// Has it end, once its VMs have. Returns what it reports.
+    pub(super) fn stop(self) -> anyhow::Result<ServeReport> {
         let keeper = Pid::from_raw(i32::try_from(self.keeper)?).context("a process id")?;
         kill_process(keeper, Signal::TERM).context("stopping the daemon")?;
-        self.running.output().map(drop).context("the daemon")
+        let report = self.running.output().context("the daemon")?;
+        serde_json::from_str(&report).context("what the daemon reports")
     }
 
     /// The process that serves: the keeper's only child.
@@ -55,15 +62,19 @@ impl Daemon {
         }
     }
 
+    /// Keeper and worker.
+    pub(super) fn processes(&self) -> anyhow::Result<[u32; 2]> {
+        Ok([self.keeper, self.worker()?])
+    }
+
     pub(super) fn kill_worker(&self) -> anyhow::Result<()> {
         let worker = Pid::from_raw(i32::try_from(self.worker()?)?).context("a process id")?;
         kill_process(worker, Signal::KILL).context("killing the worker")
     }
 
     pub(super) fn cost(&self) -> anyhow::Result<Cost> {
-        let worker = self.worker()?;
         let mut cost = Cost { rss: 0, own: 0, cpu_ns: 0 };
-        for pid in [self.keeper, worker] {
+        for pid in self.processes()? {
             let [all, of_files] = resident(pid)?;
             cost.rss += all;
             cost.own += all.saturating_sub(of_files + page_maps(pid)?);
@@ -89,6 +100,14 @@ fn resident(pid: u32) -> anyhow::Result<[u64; 2]> {
 
 fn kib(text: &str) -> Option<u64> {
     text.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Memory of a process, of that which others have too its share, in bytes.
+pub(super) fn proportional(pid: u32) -> anyhow::Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let smaps = read(&path)?;
+    let pss = smaps.lines().find_map(|line| line.strip_prefix("Pss:")).and_then(kib);
+    pss.with_context(|| format!("Pss in {path}"))
 }
 
 /// Resident bytes of page maps.

@@ -1,0 +1,241 @@
+//! `vmpager serve --share-clean`: VMs that share the pages of an image, with workers
+//! killed and daemons replaced under them, guests on KVM, and what is left to a VM whose
+//! daemon ends.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "../../vmpager/tests/common/clean_vm.rs"]
+#[allow(dead_code, reason = "a part of it is used")]
+mod clean_vm;
+mod common;
+
+use std::fs::{self, File};
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use clean_vm::{CleanVm, Must, have_minor_faults};
+use common::{PAGE, VMPAGER, eventually, have_userfaultfd, kill};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+use vmpager_store::image::{MemoryInput, PackOptions};
+use vmpager_sys::memory::Mapping;
+use vmpager_vm::{Cpu, Filling, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig, Workload};
+
+const PAGES: usize = 2048;
+const MIB: u64 = 1 << 20;
+
+/// What a page of the image holds.
+fn page(number: usize) -> [u8; PAGE] {
+    let word = if number % 7 == 3 { 0 } else { number as u64 + 1 };
+    let bytes: Vec<u8> = std::iter::repeat_n(word.to_le_bytes(), PAGE / 8).flatten().collect();
+    bytes.try_into().unwrap()
+}
+
+/// A daemon that shares the pages of an image.
+struct Daemon {
+    dir: TempDir,
+    child: Child,
+}
+
+impl Daemon {
+    fn of_pages() -> Self {
+        let dir = TempDir::new().unwrap();
+        let bytes: Vec<u8> = (0..PAGES).flat_map(page).collect();
+        fs::write(dir.path().join("mem"), bytes).unwrap();
+        Self::start(dir, "mem")
+    }
+
+    /// Packs a memory file in the directory, and serves the image.
+    fn start(dir: TempDir, memory: &str) -> Self {
+        let input = MemoryInput::raw(dir.path().join(memory)).unwrap();
+        let go_on = &mut |_| ControlFlow::Continue(());
+        PackOptions::default().pack(&input, &dir.path().join("image"), go_on).unwrap();
+        let child = Self::spawn(&dir, &["--share-clean"]);
+        let daemon = Self { dir, child };
+        eventually("a socket", || daemon.socket().exists());
+        daemon
+    }
+
+    fn spawn(dir: &TempDir, more: &[&str]) -> Child {
+        let at = |name: &str| dir.path().join(name);
+        let log = fs::File::options().create(true).append(true).open(at("log")).unwrap();
+        Command::new(VMPAGER)
+            .args(["serve", "--json", "--socket"])
+            .arg(at("pager.sock"))
+            .arg("--image")
+            .arg(at("image"))
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("pager.sock")
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap()
+    }
+
+    fn replace(&mut self) {
+        let new = Self::spawn(&self.dir, &["--share-clean", "--replace"]);
+        let mut old = std::mem::replace(&mut self.child, new);
+        assert!(old.wait().unwrap().success(), "{}", self.log());
+    }
+
+    fn kill_worker(&self) {
+        let pid = self.child.id();
+        let worker = || {
+            let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+            text.split_whitespace().next().map(|pid| pid.parse::<u32>().unwrap())
+        };
+        eventually("a worker", || worker().is_some());
+        let first = worker().unwrap();
+        kill(first, Signal::KILL);
+        eventually("another worker", || worker().is_some_and(|next| next != first));
+    }
+
+    /// Stops it; returns what it printed.
+    fn stop(mut self) -> Value {
+        kill(self.child.id(), Signal::TERM);
+        let report = serde_json::from_reader(self.child.stdout.take().unwrap()).unwrap();
+        assert!(self.child.wait().unwrap().success(), "{}", self.log());
+        report
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.log());
+        }
+        if let Ok(None) = self.child.try_wait() {
+            kill(self.child.id(), Signal::TERM);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Workers are killed one after another, and daemons take over from each other, while
+/// VMs look, write and give back: no byte is wrong, before and after. Who would take
+/// over and does not share is refused.
+#[test]
+fn workers_die_and_daemons_are_replaced_under_vms_that_share_pages() {
+    if !have_userfaultfd() || !have_minor_faults() {
+        return;
+    }
+    let mut daemon = Daemon::of_pages();
+    let (done, socket) = (AtomicBool::new(false), daemon.socket());
+    std::thread::scope(|scope| {
+        for seed in 1..5 {
+            let (done, socket) = (&done, &socket);
+            scope.spawn(move || {
+                let mut vm = CleanVm::connect(socket, seed * 0x9e37_79b9);
+                while !done.load(Ordering::Relaxed) {
+                    (0..100).for_each(|_| vm.step(10, page));
+                }
+                vm.check_all(page);
+            });
+        }
+        for round in 0..12 {
+            match round % 4 {
+                3 => daemon.replace(),
+                _ => daemon.kill_worker(),
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let other = Daemon::spawn(&daemon.dir, &["--replace"]).wait_with_output().unwrap();
+    assert_eq!(other.status.code(), Some(1));
+    assert!(daemon.log().contains("Give --share-clean"), "{}", daemon.log());
+    // Whoever comes now finds what was decoded, and all else.
+    CleanVm::connect(&daemon.socket(), 99).check_all(page);
+    let report = daemon.stop();
+    // All but those that are zero, which lie nowhere.
+    let zero = (0..PAGES).filter(|number| number % 7 == 3).count();
+    assert_eq!(report["clean_pages"], PAGES - zero, "{report:#}");
+}
+
+/// A VM that keeps no copy of its userfaultfd, as its daemon ends: what was given back
+/// reads zero, though the memory that it is a mapping of has other bytes there; what had
+/// not come is poisoned, and what had come stays.
+#[test]
+fn a_daemon_that_ends_leaves_no_byte_that_is_not_the_vms() {
+    if !have_userfaultfd() || !have_minor_faults() {
+        return;
+    }
+    let daemon = Daemon::of_pages();
+    let mut vm = CleanVm::connect(&daemon.socket(), 1);
+    (0..512).for_each(|number| vm.check(number, page(number)));
+    vm.memory.write_u64(PAGE, 7);
+    vm.must[1] = Must::Own(7);
+    vm.memory.discard(64 * PAGE..128 * PAGE).unwrap();
+    vm.must[64..128].fill(Must::Zero(0));
+    // Its event was read by the time that this one was answered.
+    vm.check(70, page(70));
+    vm.let_go_of_userfaultfd();
+    daemon.stop();
+    (0..512).for_each(|number| vm.check(number, page(number)));
+    let lost = (512..PAGES).filter(|number| is_poisoned(&vm.memory, *number)).count();
+    assert!(lost > PAGES / 2, "{lost} pages are poisoned");
+    let others = (512..PAGES).filter(|number| !is_poisoned(&vm.memory, *number));
+    others.for_each(|number| vm.check(number, page(number)));
+}
+
+/// Whether a page cannot be looked at.
+fn is_poisoned(memory: &Mapping, number: usize) -> bool {
+    let own = File::open("/proc/self/mem").unwrap();
+    own.read_exact_at(&mut [0], memory.hva() + (number * PAGE) as u64).is_err()
+}
+
+/// Four guests that all have the same memory, at the same time: each verifies every page
+/// and writes to some, then the host verifies what they have.
+#[test]
+fn guests_share_the_memory_of_one_image() {
+    if !have_userfaultfd() || !have_minor_faults() {
+        return;
+    }
+    let has_kvm = File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    if !has_kvm {
+        vmpager_testing::skipped("no /dev/kvm");
+    }
+    let cpus = [Cpu::Threads].into_iter().chain(has_kvm.then_some(Cpu::Kvm));
+    for cpu in cpus {
+        let dir = TempDir::new().unwrap();
+        let paths =
+            SnapshotPaths { state: dir.path().join("state"), memory: dir.path().join("mem") };
+        let filling = Filling::Generated { seed: 5, bytes: Some(12 * MIB) };
+        let config = VmConfig { memory_bytes: 16 * MIB, filling, cpu, ..VmConfig::default() };
+        let mut vm = Vm::build(&config).unwrap();
+        vm.prepare().unwrap();
+        vm.snapshot(&paths).unwrap();
+        drop(vm);
+        let daemon = Daemon::start(dir, "mem");
+        std::thread::scope(|scope| {
+            for seed in 1..=4 {
+                let (paths, socket) = (&paths, daemon.socket());
+                scope.spawn(move || {
+                    let snapshot = Snapshot::open(paths).unwrap();
+                    let memory = RestoreMemory::CleanShared { socket };
+                    let mut vm = Vm::restore(&snapshot, memory, cpu).unwrap();
+                    let workload = Workload { seed, write_every: 5, ..Workload::default() };
+                    for _ in 0..2 {
+                        let report = vm.run(&workload, Instant::now()).unwrap();
+                        assert_eq!(report.mismatches, 0, "{:?}", report.first_mismatch);
+                    }
+                    assert_eq!(vm.verify_from_host().mismatches, 0);
+                });
+            }
+        });
+        let report = daemon.stop();
+        let pages = report["clean_pages"].as_u64().unwrap();
+        assert!((12 * 256..=16 * 256).contains(&pages), "{cpu:?}: {report:#}");
+    }
+}
