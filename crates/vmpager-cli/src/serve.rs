@@ -94,7 +94,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "SIZE", requires = "image", value_parser = size::parse)]
     pub(crate) image_cache: Option<u64>,
     /// Have VMs that ask for it share the pages of the image that they have not written
-    /// to: one copy for all (`vmpager vm restore --share-clean`; docs/sharing.md). What
+    /// to: one copy for all (`vmpager vm restore --share-clean`; docs/clean-pages.md). What
     /// any of them touched stays in memory until the pager ends.
     #[arg(long, requires = "image", conflicts_with_all = ["attach", "collapse"])]
     pub(crate) share_clean: bool,
