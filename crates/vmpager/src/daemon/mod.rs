@@ -14,6 +14,7 @@ mod front;
 mod kept;
 mod listener;
 mod log;
+mod workers;
 
 use std::collections::HashMap;
 use std::io;
@@ -35,15 +36,14 @@ use self::front::Front;
 pub use self::kept::KeeperLink;
 pub use self::listener::listen;
 pub(crate) use self::listener::{beside, listen_with, permit, unlisten};
-use crate::clean::{CleanPages, CleanSource};
+use self::workers::Workers;
+use crate::clean::CleanPages;
 use crate::kill;
 use crate::metrics::{self, Board};
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served};
 use crate::stats::SessionSummary;
-use crate::worker::{
-    Command, Event, WorkerConfig, WorkerError, WorkerHandle, doorbell, spawn, unring, watch,
-};
+use crate::worker::{Command, Event, WorkerError, WorkerHandle, unring, watch};
 
 /// What a daemon serves, and how.
 #[derive(Debug)]
@@ -579,36 +579,5 @@ fn watch_peer(epoll: &OwnedFd, id: u64, connection: &Connection) -> io::Result<(
     match connection.pidfd() {
         Some(pidfd) => watch(epoll, pidfd, 2 * id + 1),
         None => Ok(()),
-    }
-}
-
-/// The threads that serve, and how they tell what happens.
-struct Workers {
-    bell: Arc<OwnedFd>,
-    events: Receiver<Event>,
-    workers: Vec<WorkerHandle>,
-}
-
-impl Workers {
-    fn start(config: &DaemonConfig) -> Result<Self, DaemonError> {
-        config.attach.as_deref().map_or(Ok(()), doors::check)?;
-        let (tell, events) = crossbeam_channel::unbounded();
-        let bell = Arc::new(doorbell()?);
-        let source: Arc<dyn PageSource> = match &config.clean {
-            Some(clean) => CleanSource::new(config.source.clone(), clean.clone()),
-            None => config.source.clone(),
-        };
-        let workers = (0..config.workers.max(1)).map(|index| {
-            spawn(WorkerConfig {
-                name: format!("vmpager-serve-{index}"),
-                source: source.clone(),
-                events: tell.clone(),
-                owner: bell.clone(),
-                max_polling: crate::polling::default_max(),
-                turn: config.faults_per_turn,
-            })
-        });
-        let workers = workers.collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { bell, events, workers })
     }
 }
