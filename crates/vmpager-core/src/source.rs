@@ -36,6 +36,16 @@ pub enum SourceError {
         /// The system's own words.
         error: Arc<std::io::Error>,
     },
+    /// It was asked for as long as somebody wanted to wait.
+    #[error("{range} of {name} did not come while it was waited for: {why}")]
+    GaveUp {
+        /// What was read, as the user named it.
+        name: Arc<str>,
+        /// The range asked for.
+        range: ByteRange,
+        /// What came instead, and what to do.
+        why: Arc<str>,
+    },
     /// The source ended before the range did.
     #[error("{name} ends at {len:#x}, before {range}: it was truncated while being served")]
     Truncated {
@@ -68,8 +78,8 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    /// Whether asking again may succeed. A changed, truncated or damaged source
-    /// will not grow the right bytes back.
+    /// Whether asking again may succeed, soon enough. A changed, truncated or damaged
+    /// source will not grow the right bytes back.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Io { .. })
     }
@@ -100,6 +110,9 @@ pub struct ReadRequest {
     pub range: ByteRange,
     /// How urgent it is.
     pub priority: Priority,
+    /// Somebody has waited for it long enough: it is answered with what there is here,
+    /// and nobody elsewhere is asked.
+    pub here_only: bool,
 }
 
 /// Page contents, lent by a reader until its next call.

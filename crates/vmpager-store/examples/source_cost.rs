@@ -101,7 +101,12 @@ fn background(source: &Arc<RawFile>, count: u64, warm: bool) -> Result<()> {
         let block = round * 40_503 % blocks;
         let range = ByteRange::new(block * count * PAGE, count * PAGE);
         let started = Instant::now();
-        reader.submit(ReadRequest { id: ReadId(round), range, priority: Priority::Demand });
+        reader.submit(ReadRequest {
+            id: ReadId(round),
+            range,
+            priority: Priority::Demand,
+            here_only: false,
+        });
         submitting += started.elapsed();
         wait(&mut *reader)?;
         all += started.elapsed();

@@ -233,7 +233,7 @@ mod tests {
 
     fn submit(background: &mut Background, id: u64, len: u64, priority: Priority) {
         let range = ByteRange::new(0, len);
-        background.submit(ReadRequest { id: ReadId(id), range, priority });
+        background.submit(ReadRequest { id: ReadId(id), range, priority, here_only: false });
     }
 
     fn wait(background: &mut Background) -> Vec<(u64, Result<Vec<u8>, ()>)> {
@@ -279,7 +279,12 @@ mod tests {
         let mut background = Background::new(executor, bell, 1 << 20);
         for (id, start) in [(1, 0), (2, 4096), (3, 3 * 4096)] {
             let range = ByteRange::new(start, 3 * 4096);
-            background.submit(ReadRequest { id: ReadId(id), range, priority: Priority::Fill });
+            background.submit(ReadRequest {
+                id: ReadId(id),
+                range,
+                priority: Priority::Fill,
+                here_only: false,
+            });
         }
         let mut ended = wait(&mut background);
         ended.sort();

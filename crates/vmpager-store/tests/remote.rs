@@ -360,7 +360,8 @@ fn a_server_that_is_away_is_waited_for_and_then_given_up() {
     let mut impatient = reader(&image);
     let error = submit_and_wait(&mut *impatient, pages(0, 20)).unwrap_err();
     assert!(
-        error.is_transient() && error.to_string().contains("see whether the server"),
+        matches!(error, SourceError::GaveUp { .. })
+            && error.to_string().contains("see whether the server"),
         "{error}"
     );
 

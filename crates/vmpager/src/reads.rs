@@ -37,6 +37,8 @@ pub(crate) struct Read {
     pub(crate) nearby: bool,
     /// How often it has failed.
     pub(crate) failures: u32,
+    /// It was waited for long enough: what is not here is not to be had.
+    pub(crate) here_only: bool,
 }
 
 impl Read {
@@ -87,7 +89,8 @@ impl Reads {
             Priority::Demand => *self.demands.entry(read.memory).or_default() += 1,
         }
         self.in_flight.insert(id, (Instant::now(), read));
-        self.reader.submit(ReadRequest { id, range: read.range, priority: read.priority });
+        let Read { range, priority, here_only, .. } = read;
+        self.reader.submit(ReadRequest { id, range, priority, here_only });
     }
 
     /// Whether the background fill may submit one more.

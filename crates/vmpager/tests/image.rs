@@ -319,7 +319,7 @@ fn pages_that_a_server_refuses_are_poisoned_and_no_others() {
         let beyond = request.range.as_ref().is_some_and(|range| range.end > far);
         (request.number >= 2 && beyond).then_some(Fault::Status(403, None))
     });
-    let remote = RemoteOptions::default().patience(Duration::from_millis(50));
+    let remote = RemoteOptions::default().patience(Duration::from_secs(3));
     let image = Image::options().remote(remote).open(server.url("image")).unwrap();
     let memory = mapping(PAGES);
     let pager = start(image, &memory, false);
@@ -330,4 +330,35 @@ fn pages_that_a_server_refuses_are_poisoned_and_no_others() {
     let last = (0..PAGES).rev().find(|at| matches!(expected(*at), Holds::Source(_))).unwrap();
     assert!(page_by_kernel(&memory, last * PAGE).is_err(), "a page that is refused");
     assert!(pager.stats().pages_poisoned > 0);
+}
+
+/// Patience is for the whole wait: a server that says nothing is not asked again for what
+/// was waited for, in smaller parts or once more, and its requests, which would go on for
+/// much longer, are not waited for either.
+#[test]
+fn a_page_is_waited_for_as_long_as_patience_says_and_asked_for_once() {
+    begin!();
+    let images = Images::new();
+    let (server, path) = (Server::new(), images.make(Codec::None));
+    server.put("image", std::fs::read(&path).unwrap(), None);
+    server.script(|request| (request.number >= 2).then_some(Fault::Silence(10 * LIMIT)));
+    let remote = RemoteOptions::default().patience(Duration::from_millis(500));
+    let image = Image::options().remote(remote).open(server.url("image")).unwrap();
+    let memory = mapping(PAGES);
+    let pager = start(image, &memory, false);
+    for at in [0, PAGES / 3] {
+        assert!(page_by_kernel(&memory, at * PAGE).is_err(), "page {at} was never sent");
+    }
+    assert!(pager.stats().pages_poisoned > 0);
+    let asked = server.requests();
+    let mut starts: Vec<u64> =
+        asked.iter().skip(2).filter_map(|it| it.range.as_ref().map(|range| range.start)).collect();
+    let all = starts.len();
+    starts.sort_unstable();
+    starts.dedup();
+    assert_eq!(starts.len(), all, "asked for again: {asked:?}");
+    // Other pages are asked for as ever.
+    server.script(|_| None);
+    let last = PAGES - 10;
+    assert_eq!(page(&memory, last * PAGE), expected(last));
 }

@@ -343,6 +343,7 @@ impl Contents {
             }
             FrameError::Damaged(what) => SourceError::Damaged { name, range, what: what.into() },
             FrameError::Changed => SourceError::Changed { name },
+            FrameError::GaveUp(why) => SourceError::GaveUp { name, range, why: why.into() },
         }
     }
 }
@@ -370,6 +371,7 @@ impl From<FetchFailed> for FrameError {
         match failed.error.problem {
             Problem::Changed { .. } => Self::Changed,
             damaged @ Problem::Damaged { .. } => Self::Damaged(damaged.to_string()),
+            late @ Problem::Late { .. } => Self::GaveUp(late.to_string()),
             problem => Self::Io(io::Error::other(problem)),
         }
     }

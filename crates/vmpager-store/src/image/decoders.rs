@@ -11,7 +11,7 @@ use vmpager_core::{Priority, ReadId, SourceError};
 
 use crate::doorbell::Doorbell;
 use crate::queue::ReadQueue;
-use crate::remote::{Fetcher, Frames};
+use crate::remote::{FetchFailed, Fetcher, Frames};
 
 use super::contents::{Contents, Tools, Wait};
 
@@ -32,6 +32,8 @@ pub(crate) struct Job {
     pub(crate) buf: Vec<u8>,
     /// What has come from servers for it.
     pub(crate) fetched: Frames,
+    /// What is at servers is not to be had.
+    pub(crate) here_only: bool,
 }
 
 /// A read that has ended.
@@ -129,7 +131,10 @@ impl Shared {
             let missing = self.contents.missing(&taken.job.pages, &mut tools);
             if let (Some(fetcher), false) = (&self.contents.fetcher, missing.is_empty()) {
                 taken.job.fetched = std::mem::take(&mut tools.fetched);
-                self.fetch_first(fetcher, &missing, taken);
+                match missing.first().filter(|_| taken.job.here_only) {
+                    Some(frame) => self.give_up(fetcher.not_asked(*frame), taken),
+                    None => self.fetch_first(fetcher, &missing, taken),
+                }
                 continue;
             }
             let Taken { key: (_, id), job: Job { pages, mut buf, .. }, outbox, .. } = taken;
@@ -148,13 +153,16 @@ impl Shared {
                     taken.job.fetched.extend(frames);
                     shared.push(taken);
                 }
-                Err(failed) => {
-                    let Taken { key: (_, id), job: Job { pages, buf, .. }, outbox, .. } = taken;
-                    let result = Err(shared.contents.not_fetched(failed, &pages));
-                    outbox.end(Decoded { id, result, buf });
-                }
+                Err(failed) => shared.give_up(failed, taken),
             }
         });
+    }
+
+    /// A read ends without its pages.
+    fn give_up(&self, failed: FetchFailed, taken: Taken) {
+        let Taken { key: (_, id), job: Job { pages, buf, .. }, outbox, .. } = taken;
+        let result = Err(self.contents.not_fetched(failed, &pages));
+        outbox.end(Decoded { id, result, buf });
     }
 
     fn push(&self, Taken { key, priority, job, outbox }: Taken) {

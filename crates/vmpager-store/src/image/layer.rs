@@ -65,6 +65,9 @@ pub(crate) enum FrameError {
     /// It is not the object that was opened any more.
     #[error("it is another one by now")]
     Changed,
+    /// It was waited for long enough.
+    #[error("{0}")]
+    GaveUp(String),
 }
 
 impl Layer {

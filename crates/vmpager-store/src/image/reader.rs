@@ -99,7 +99,7 @@ struct ImageReader {
     tools: Tools,
     scratch: Vec<u8>,
     /// Reads that the decoders have not been given yet.
-    waiting: ReadQueue<ReadId, ByteRange>,
+    waiting: ReadQueue<ReadId, (ByteRange, bool)>,
     /// Those they have.
     running: HashMap<ReadId, (ByteRange, Priority)>,
     fills: usize,
@@ -114,14 +114,16 @@ impl ImageReader {
                 Priority::Prefetch => self.running.len() >= PREFETCH_DEPTH,
                 Priority::Fill => self.running.len() >= PREFETCH_DEPTH || self.fills >= FILL_DEPTH,
             };
-            let Some((id, priority, range)) = (!full).then(|| self.waiting.pop()).flatten() else {
+            let Some((id, priority, (range, here_only))) =
+                (!full).then(|| self.waiting.pop()).flatten()
+            else {
                 return;
             };
             let pages = page_range(range);
             let buf = self.buffers.take(pages.len() * PAGE_BYTES);
             self.fills += usize::from(priority == Priority::Fill);
             self.running.insert(id, (range, priority));
-            self.client.start(id, priority, Job { pages, buf, fetched: Frames::new() });
+            self.client.start(id, priority, Job { pages, buf, fetched: Frames::new(), here_only });
         }
     }
 }
@@ -154,7 +156,8 @@ impl PageReader for ImageReader {
     }
 
     fn submit(&mut self, request: ReadRequest) {
-        self.waiting.push(request.id, request.priority, request.range);
+        let what = (request.range, request.here_only);
+        self.waiting.push(request.id, request.priority, what);
         self.start_next();
     }
 
@@ -241,7 +244,7 @@ mod tests {
         let submit = |reader: &mut Box<dyn PageReader>, page: usize| {
             let priority = [Priority::Demand, Priority::Prefetch, Priority::Fill][page % 3];
             let id = ReadId(page as u64);
-            reader.submit(ReadRequest { id, range: range(page), priority });
+            reader.submit(ReadRequest { id, range: range(page), priority, here_only: false });
         };
         (0..PAGES - 3).step_by(4).for_each(|page| submit(&mut reader, page));
         let until = std::time::Instant::now() + std::time::Duration::from_secs(20);

@@ -80,6 +80,14 @@ pub enum Problem {
         /// What shows it.
         what: String,
     },
+    /// It was asked for as long as anybody waits.
+    #[error("{what} (it was waited for {waited:?}, as long as --patience says)")]
+    Late {
+        /// What was wrong the last time, and what to do.
+        what: String,
+        /// How long.
+        waited: Duration,
+    },
     /// The bytes are not those that were written, however often they are asked for.
     #[error("frame {frame} is damaged: {what}")]
     Damaged {

@@ -13,7 +13,7 @@ use vmpager_core::Priority;
 use crate::image::FrameRecord;
 
 use super::cache::{CacheFile, Piece};
-use super::error::Problem;
+use super::error::{Problem, RemoteError};
 use super::object::Object;
 use super::queue::{Batch, Ended, Frames, Next, Packed, Places, Queue, REQUESTS};
 use super::{Counters, RemoteNumbers, RemoteOptions};
@@ -22,6 +22,9 @@ pub(crate) use super::queue::FetchFailed;
 
 /// What came, or why not all of it.
 type Fetched = Result<Frames, FetchFailed>;
+
+/// So long at least pass between two looks for those who have waited too long.
+const SHORTEST: Duration = Duration::from_millis(10);
 
 /// How often a frame whose bytes are wrong is asked for.
 const DAMAGED_TRIES: u32 = 4;
@@ -107,7 +110,15 @@ impl Fetcher {
             // On failure dropping `fetcher` ends those that were started.
             thread::Builder::new().name("vmpager-fetch".into()).spawn(move || shared.serve())?;
         }
+        let shared = Arc::clone(&fetcher.shared);
+        let name = "vmpager-waits".to_owned();
+        thread::Builder::new().name(name).spawn(move || shared.give_up_late())?;
         Ok(fetcher)
+    }
+
+    /// Says of a frame that nobody asks for it any more.
+    pub(crate) fn not_asked(&self, frame: u32) -> FetchFailed {
+        FetchFailed { frame, error: self.shared.late(frame) }
     }
 
     /// What was asked for so far.
@@ -235,6 +246,43 @@ impl Shared {
         }
     }
 
+    /// Why a frame is waited for no longer.
+    fn late(&self, frame: u32) -> RemoteError {
+        let object = &self.remotes.0[self.remotes.object_of(frame)].object;
+        object.error(Problem::Late { what: object.trouble(), waited: self.patience })
+    }
+
+    /// Has those hear of it who have waited for too long, whatever the requests do: a
+    /// server that says nothing has these last much longer than somebody may want to
+    /// wait.
+    fn give_up_late(&self) {
+        let mut queue = self.lock();
+        while !self.closed.load(Ordering::Relaxed) {
+            let now = Instant::now();
+            let late = now.checked_sub(self.patience).map(|since| queue.late(since));
+            let ended: Vec<_> = late
+                .into_iter()
+                .flatten()
+                .flat_map(|frame| queue.give_up(frame, &self.late(frame)))
+                .collect();
+            if !ended.is_empty() {
+                drop(queue);
+                Self::tell(ended);
+                queue = self.lock();
+                continue;
+            }
+            let until = queue.longest().and_then(|since| since.checked_add(self.patience));
+            let left = until.map(|until| until.saturating_duration_since(now));
+            queue = match left {
+                None => self.work.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.work.wait_timeout(queue, left.max(SHORTEST));
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
     /// Makes one request, and hands over what comes.
     fn ask(&self, batch: &Batch) {
         let remote = &self.remotes.0[batch.object];
@@ -248,10 +296,9 @@ impl Shared {
                 Ok(()) => Vec::new(),
                 Err(problem) => {
                     remote.object.failed(&problem);
-                    let (now, is_final) = (Instant::now(), problem.is_final());
-                    let is_late = |since| is_final || now.duration_since(since) >= self.patience;
+                    let is_final = problem.is_final();
                     let error = remote.object.error(problem);
-                    queue.failed(at..batch.frames.end, remote.numbers(), is_late, &error)
+                    queue.failed(at..batch.frames.end, remote.numbers(), is_final, &error)
                 }
             }
         };

@@ -46,6 +46,8 @@ pub(crate) struct Object {
 struct Health {
     pace: Pace,
     complained: Option<Instant>,
+    /// What was wrong the last time.
+    trouble: Option<String>,
 }
 
 /// What is where the object was.
@@ -223,10 +225,17 @@ impl Object {
         lock(&self.health).pace.again(now)
     }
 
+    /// What was wrong with the latest request, in words.
+    pub(crate) fn trouble(&self) -> String {
+        let trouble = lock(&self.health).trouble.clone();
+        trouble.unwrap_or_else(|| Problem::Unreachable { what: "no answer".into() }.to_string())
+    }
+
     /// The server has answered as it should.
     pub(crate) fn answered(&self) {
         let mut health = lock(&self.health);
         let failures = health.pace.succeeded();
+        health.trouble = None;
         if health.complained.take().is_some() {
             info!("{}: answers again, after {failures} failures", self.url.shown());
         }
@@ -236,6 +245,7 @@ impl Object {
     pub(crate) fn failed(&self, problem: &Problem) {
         self.counters.failures.fetch_add(1, Ordering::Relaxed);
         let (now, mut health) = (Instant::now(), lock(&self.health));
+        health.trouble = Some(problem.to_string());
         health.pace.failed(now, problem.retry_after(), fastrand::f64());
         if health.complained.is_none_or(|before| now - before > COMPLAIN_EVERY) {
             health.complained = Some(now);

@@ -353,21 +353,39 @@ impl<T> Queue<T> {
         }
     }
 
-    /// What a request asked for and did not get is to be asked for again, or given up
-    /// by those who have waited for it since a time that `is_late`.
+    /// What a request asked for and did not get is to be asked for again, or, if that
+    /// `is_final`, given up with all else of its object.
     pub(crate) fn failed(
         &mut self,
         frames: Range<u32>,
         object: Range<u32>,
-        is_late: impl Fn(Instant) -> bool,
+        is_final: bool,
         error: &RemoteError,
     ) -> Vec<Ended<T>> {
         self.put_back(frames);
-        let late = |wanted: &Wanted| !wanted.running && is_late(wanted.since);
+        if !is_final {
+            return Vec::new();
+        }
         let of_object = self.wanted.range(object);
-        let late: Vec<u32> =
-            of_object.filter(|(_, wanted)| late(wanted)).map(|(frame, _)| *frame).collect();
-        late.into_iter().flat_map(|frame| self.give_up(frame, error)).collect()
+        let left: Vec<u32> =
+            of_object.filter(|(_, wanted)| !wanted.running).map(|(frame, _)| *frame).collect();
+        left.into_iter().flat_map(|frame| self.give_up(frame, error)).collect()
+    }
+
+    /// Since when the frame was wanted that somebody has waited for longest.
+    pub(crate) fn longest(&self) -> Option<Instant> {
+        self.waited_for().map(|(_, wanted)| wanted.since).min()
+    }
+
+    fn waited_for(&self) -> impl Iterator<Item = (&u32, &Wanted)> {
+        let waits = |ticket: &u64| self.tickets.contains_key(ticket);
+        self.wanted.iter().filter(move |(_, wanted)| wanted.tickets.iter().any(waits))
+    }
+
+    /// The frames that somebody has waited for since then or before, on their way or not.
+    pub(crate) fn late(&self, since: Instant) -> Vec<u32> {
+        let late = self.waited_for().filter(|(_, wanted)| wanted.since <= since);
+        late.map(|(frame, _)| *frame).collect()
     }
 
     /// Frames that did not come wait for their turn again; those that nobody waits

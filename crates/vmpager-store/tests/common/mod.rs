@@ -64,7 +64,7 @@ pub(crate) fn span(range: ByteRange) -> std::ops::Range<usize> {
 }
 
 pub(crate) fn request(id: u64, range: ByteRange, priority: Priority) -> ReadRequest {
-    ReadRequest { id: ReadId(id), range, priority }
+    ReadRequest { id: ReadId(id), range, priority, here_only: false }
 }
 
 /// Whether the reader says that something has ended, within the time given.

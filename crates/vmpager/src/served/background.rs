@@ -99,7 +99,16 @@ impl Served {
         waiter: Option<Waiter>,
     ) -> Read {
         let (_, range) = self.engine.slots().locate(run);
-        Read { memory: self.id, run, range, priority, waiter, nearby: false, failures: 0 }
+        Read {
+            memory: self.id,
+            run,
+            range,
+            priority,
+            waiter,
+            nearby: false,
+            failures: 0,
+            here_only: false,
+        }
     }
 
     /// A read in the background has ended with these bytes.
@@ -146,7 +155,8 @@ impl Served {
     }
 
     /// A read failed. A single page is tried again or given up; a run is cut
-    /// in two, to find the pages that can be had.
+    /// in two, to find the pages that can be had: without asking again for those that were
+    /// waited for as long as anybody wants to.
     pub(crate) fn read_failed(
         &mut self,
         read: Read,
@@ -155,12 +165,13 @@ impl Served {
     ) -> Result<(), Lost> {
         if read.run.count > 1 && !matches!(error, SourceError::Changed { .. }) {
             let half = read.run.count / 2;
+            let here_only = read.here_only || matches!(error, SourceError::GaveUp { .. });
             for run in [
                 PageRun::new(read.run.first, half),
                 PageRun::new(read.run.first + half, read.run.count - half),
             ] {
                 let half = self.background(run, read.priority, read.waiter_within(run));
-                reads.submit(Read { nearby: read.nearby, ..half });
+                reads.submit(Read { nearby: read.nearby, here_only, ..half });
             }
             return Ok(());
         }

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 use crate::remote::Problem;
 
@@ -88,15 +90,35 @@ fn the_fill_leaves_room_for_demands() {
 }
 
 #[test]
+fn those_who_wait_too_long_are_told_of_whatever_is_on_its_way() {
+    let mut queue = Queue::new();
+    let (early, late) = (Instant::now(), Instant::now() + Duration::from_secs(1));
+    assert!(queue.want(&[1, 2], Priority::Demand, early, &Two, 1).is_none());
+    assert!(queue.want(&[50], Priority::Fill, late, &Two, 2).is_none());
+    assert!(queue.prefetch(60, early, &Two), "nobody waits for it");
+    let batch = ask(&mut queue).unwrap();
+    assert_eq!((queue.longest(), queue.late(early)), (Some(early), vec![1, 2]));
+    let ended: Vec<_> = [1, 2].into_iter().flat_map(|it| queue.give_up(it, &error())).collect();
+    assert_eq!(ended.len(), 1, "one waited for both");
+    assert_eq!((queue.longest(), queue.late(early)), (Some(late), vec![]));
+    // What comes all the same is kept for the next one.
+    assert!(queue.arrived(1, &packed()).is_empty());
+    assert!(queue.take_staged(1).is_some());
+    queue.request_ended(&batch);
+    assert!(queue.failed(2..3, 0..100, false, &error()).is_empty());
+    assert_eq!(queue.running, [0; 3]);
+}
+
+#[test]
 fn what_failed_is_asked_for_again_until_somebody_gives_up() {
     let mut queue = Queue::new();
     want(&mut queue, &[1, 2], Priority::Demand, 1);
     let batch = ask(&mut queue).unwrap();
     queue.request_ended(&batch);
-    assert!(queue.failed(1..3, 0..100, |_| false, &error()).is_empty());
+    assert!(queue.failed(1..3, 0..100, false, &error()).is_empty());
     assert_eq!(ask(&mut queue).unwrap(), batch);
     queue.request_ended(&batch);
-    let ended = queue.failed(1..3, 0..100, |_| true, &error());
+    let ended = queue.failed(1..3, 0..100, true, &error());
     assert_eq!(ended.len(), 1, "one waited for both");
     assert!(ended[0].result.is_err() && ask(&mut queue).is_none());
     assert!(queue.tickets.is_empty() && queue.ahead_bytes == 0);
@@ -140,7 +162,7 @@ fn what_nobody_asked_for_yet_is_bounded_and_given_once() {
     queue.take_staged(99);
     assert!(queue.prefetch(150, now, &Two));
     let batch = ask(&mut queue).unwrap();
-    assert!(queue.failed(batch.frames, 100..200, |_| false, &error()).is_empty());
+    assert!(queue.failed(batch.frames, 100..200, false, &error()).is_empty());
     assert!(queue.wanted.is_empty() && queue.turns.is_empty());
 }
 
@@ -163,7 +185,7 @@ fn random_orders_of_events_end_with_nothing_left() {
         }
     };
     for step in 0..20_000 {
-        match draw(if step < 15_000 { 6 } else { 2 }) {
+        match draw(if step < 15_000 { 7 } else { 2 }) {
             0 => running.extend(ask(&mut queue)),
             1 if !running.is_empty() => {
                 let at = draw(u32::try_from(running.len()).unwrap()) as usize;
@@ -175,7 +197,7 @@ fn random_orders_of_events_end_with_nothing_left() {
                 }
                 let object = Two.frames_of(batch.object);
                 let late = draw(10) == 0;
-                let failed = queue.failed(cut..batch.frames.end, object, |_| late, &error());
+                let failed = queue.failed(cut..batch.frames.end, object, late, &error());
                 end(&mut waiting, failed);
             }
             2 | 3 => {
@@ -189,7 +211,12 @@ fn random_orders_of_events_end_with_nothing_left() {
                 next += 1;
             }
             4 => queue.promote(draw(200), Priority::Demand),
-            5 => {
+            5 if draw(20) == 0 => {
+                for frame in queue.late(Instant::now()) {
+                    end(&mut waiting, queue.give_up(frame, &error()));
+                }
+            }
+            6 => {
                 queue.prefetch(draw(200), Instant::now(), &Two);
             }
             _ => {}
