@@ -42,7 +42,7 @@ const HOSTILE: &[Hostile] = &[
     (
         "another shape",
         |s, m| send(s, m, &json!({"mem": []})),
-        &["not a JSON array", "invalid type: map"],
+        &["not a JSON array", "an object that asks for nothing"],
     ),
     (
         "another element",
