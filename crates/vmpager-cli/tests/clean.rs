@@ -24,7 +24,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vmpager_store::image::{MemoryInput, PackOptions};
 use vmpager_sys::memory::Mapping;
-use vmpager_vm::{Cpu, Filling, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig, Workload};
+use vmpager_vm::{
+    Cpu, Filling, OnRefusal, RestoreMemory, Snapshot, SnapshotPaths, Vm, VmConfig, Workload,
+};
 
 const PAGES: usize = 2048;
 const MIB: u64 = 1 << 20;
@@ -237,7 +239,8 @@ fn guests_share_the_memory_of_one_image() {
                 let (paths, socket) = (&paths, daemon.socket());
                 scope.spawn(move || {
                     let snapshot = Snapshot::open(paths).unwrap();
-                    let memory = RestoreMemory::CleanShared { socket };
+                    let memory =
+                        RestoreMemory::CleanShared { socket, refused: OnRefusal::default() };
                     let mut vm = Vm::restore(&snapshot, memory, cpu).unwrap();
                     let workload = Workload { seed, write_every: 5, ..Workload::default() };
                     for _ in 0..2 {

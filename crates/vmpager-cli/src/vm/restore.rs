@@ -267,7 +267,9 @@ fn by_pager(args: &RestoreArgs, socket: &Path) -> anyhow::Result<RestoreMemory> 
     let refused = end_if_refused(args, socket);
     let socket = socket.to_path_buf();
     Ok(match (&args.attach, args.delivery) {
-        (None, DeliveryArg::Uffd) if args.share_clean => RestoreMemory::CleanShared { socket },
+        (None, DeliveryArg::Uffd) if args.share_clean => {
+            RestoreMemory::CleanShared { socket, refused }
+        }
         (None, DeliveryArg::Uffd) => {
             RestoreMemory::OnDemand { socket, huge_pages: args.huge_pages, refused }
         }

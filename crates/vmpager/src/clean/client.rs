@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use crate::refusal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use vmpager_sys::memfd;
@@ -13,7 +14,7 @@ use vmpager_sys::peer::{recv_with_fds, send_with_fds};
 /// How long a daemon may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The longest answer there is.
-const MAX_ANSWER: usize = 256;
+const MAX_ANSWER: usize = 2048;
 
 /// What a VMM sends to be given the clean pages: an object, where a handshake is an array.
 #[derive(Debug, Serialize)]
@@ -70,6 +71,9 @@ pub fn ask(socket: &UnixStream) -> io::Result<Offered> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
+    }
+    if let Some(why) = refusal::wait(&*answer).ok().flatten() {
+        return Err(refused(&why));
     }
     let answer: Answer = serde_json::from_slice(&answer)?;
     let memfd = fds.into_iter().next().ok_or_else(|| refused("no descriptor came"))?;
