@@ -157,6 +157,9 @@ pub(crate) struct ServeArgs {
     /// Be the process that serves, for the keeper at standard input.
     #[arg(long, hide = true)]
     pub(crate) kept: bool,
+    /// Serve in this process, for benchmarks: nobody takes over from it.
+    #[arg(long, hide = true, conflicts_with_all = ["kept", "replace"])]
+    pub(crate) alone: bool,
     /// Print one JSON object with all sessions when it stops.
     #[arg(long)]
     pub(crate) json: bool,
@@ -262,13 +265,16 @@ const MAX_BUFFERED: usize = 4 << 20;
 
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     limits::allow_descriptors();
-    if !args.kept {
-        return keep(args);
-    }
-    as_far_as_there_is(sandbox::give_up_rights(args.collapse))?;
-    let channel = io::stdin().as_fd().try_clone_to_owned()?;
-    let keeper = KeeperLink::meet(channel).context("--kept is for the keeper to give")?;
-    let mut report = serve_for(args, Some(keeper))?;
+    let keeper = match (args.kept, args.alone) {
+        (false, false) => return keep(args),
+        (false, true) => None,
+        (true, _) => {
+            as_far_as_there_is(sandbox::give_up_rights(args.collapse))?;
+            let channel = io::stdin().as_fd().try_clone_to_owned()?;
+            Some(KeeperLink::meet(channel).context("--kept is for the keeper to give")?)
+        }
+    };
+    let mut report = serve_for(args, keeper)?;
     if args.json {
         report.peak_rss_bytes = peak_rss();
         output::json(&report)?;

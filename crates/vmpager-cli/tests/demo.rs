@@ -115,8 +115,11 @@ fn bench_fault_has_the_keys_it_promises() {
 #[test]
 fn bench_sessions_has_the_keys_it_promises() {
     let args = ["bench", "sessions", "--sessions", "1,70", "--memory", "64M", "--busy-ms", "20"];
-    let more = ["--idle-ms", "20", "--rounds", "1", "--kill", "--json"];
+    let more = ["--idle-ms", "20", "--rounds", "1", "--kill", "--keeper", "--json"];
     let Some(report) = json(&[&args[..], &more].concat()) else { return };
+    for key in ["kept_p50_us", "alone_p50_us", "ratio", "page_map_ns"] {
+        assert!(report["keeper"][key].as_f64().unwrap() > 0.0, "{key}");
+    }
     let rows = report["rows"].as_array().unwrap();
     for (row, sessions) in rows.iter().zip([1, 70]) {
         assert_eq!(row["sessions"], sessions);

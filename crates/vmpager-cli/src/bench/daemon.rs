@@ -33,6 +33,12 @@ impl Daemon {
         Self::with(socket, &["--prefetch".as_ref(), "off".as_ref(), "--memory".as_ref(), memory])
     }
 
+    /// The same without a keeper.
+    pub(super) fn start_alone(socket: &Path, memory: &Path) -> anyhow::Result<Self> {
+        let options = ["--alone", "--prefetch", "off", "--memory"].map(Path::new);
+        Self::with(socket, &[&options[..], &[memory]].concat())
+    }
+
     /// Starts one with these options.
     pub(super) fn with(socket: &Path, options: &[&Path]) -> anyhow::Result<Self> {
         let args = ["serve", "--json", "--socket"].map(PathBuf::from).into_iter();

@@ -6,6 +6,7 @@
 //! time, and compare what they find. Then nobody does anything for a while.
 
 mod client;
+mod keeper;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use serde::Serialize;
 use vmpager_store::MemorySource;
 
 use self::client::{Plan, Touch, Touched};
+use self::keeper::KeeperCost;
 use super::daemon::Daemon;
 use super::{median, round, to_f64};
 use crate::restore::process::{Running, vmpager_to_talk_to};
@@ -29,7 +31,8 @@ use crate::{output, size};
 /// Options of `vmpager bench sessions`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Example:\n  vmpager bench sessions --json\n  \
-    vmpager bench sessions --sessions 1,100 --kill --rounds 5\n\n\
+    vmpager bench sessions --sessions 1,100 --kill --rounds 5\n  \
+    vmpager bench sessions --sessions 1 --keeper\n\n\
     Rounds are interleaved; each number is the median of its rounds. \"session\" is what\n\
     each idle session adds to the daemon's resident memory, beyond its page map;\n\
     fairness is Jain's index over the faults served to each, 1 if all got the same.")]
@@ -53,6 +56,9 @@ pub(crate) struct SessionsArgs {
     /// touch took.
     #[arg(long)]
     kill: bool,
+    /// Also tell what the keeper costs a warm fault, and what the page map does.
+    #[arg(long)]
+    keeper: bool,
     /// Rounds.
     #[arg(long, value_name = "N", default_value_t = 3,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -73,6 +79,9 @@ struct Report {
     memory_bytes: u64,
     rounds: u32,
     rows: Vec<Row>,
+    /// With `--keeper`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keeper: Option<KeeperCost>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -121,11 +130,13 @@ pub(crate) fn run(args: &SessionsArgs) -> anyhow::Result<()> {
             rows.push(one.run(bytes)?);
         }
     }
+    let cost = || keeper::cost(scratch.path(), &memory, bytes, args.rounds);
+    let keeper = args.keeper.then(cost).transpose()?;
     bar.finish_and_clear();
     let mut rows: Vec<Row> = rounds.iter().map(|rows| middle(rows)).collect();
     let first = rows.first().map_or(1.0, |row| row.kfaults_s);
     rows.iter_mut().for_each(|row| row.rate_ratio = round(row.kfaults_s / first));
-    let report = Report { memory_bytes: bytes, rounds: args.rounds, rows };
+    let report = Report { memory_bytes: bytes, rounds: args.rounds, rows, keeper };
     if args.json { output::json(&report) } else { show(&report) }
 }
 
@@ -180,11 +191,7 @@ impl Bench<'_> {
 
         let faults: u64 = busy.pages.iter().sum();
         let seconds = to_f64(busy.end_ns.saturating_sub(start_ns)) / 1e9;
-        busy.waits_ns.sort_unstable();
-        let at = |share: usize| {
-            let wait = busy.waits_ns.get(busy.waits_ns.len() * share / 100);
-            round(f64::from(wait.copied().unwrap_or(0)) / 1e3)
-        };
+        let mut at = |share| round(percentile_us(&mut busy.waits_ns, share));
         let each = (to_f64(connected.own) - to_f64(empty.own)) / 1024.0;
         let each = each / f64::from(self.sessions);
         Ok(Row {
@@ -224,6 +231,12 @@ fn takeover(daemon: &Daemon, vms: &mut Vms) -> anyhow::Result<f64> {
         bail!("all memory was touched before the worker was killed; give VMs more --memory");
     }
     Ok(round(f64::from(longest) / 1e6))
+}
+
+fn percentile_us(waits_ns: &mut [u32], share: usize) -> f64 {
+    waits_ns.sort_unstable();
+    let wait = waits_ns.get(waits_ns.len() * share / 100);
+    f64::from(wait.copied().unwrap_or(0)) / 1e3
 }
 
 /// How even shares are: 1 if all are the same, 1/n if one has it all.
@@ -339,5 +352,5 @@ fn show(report: &Report) -> anyhow::Result<()> {
             or_dash(row.takeover_ms, "ms"),
         ))?;
     }
-    Ok(())
+    report.keeper.as_ref().map_or(Ok(()), keeper::show)
 }

@@ -69,6 +69,7 @@ pub(super) fn run(args: &RecordArgs) -> anyhow::Result<()> {
         replace: false,
         no_seccomp: false,
         kept: false,
+        alone: false,
         json: false,
     })?;
     if report.ended == 0 {
