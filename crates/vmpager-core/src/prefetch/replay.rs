@@ -54,7 +54,8 @@ pub struct ReplayCounts {
 }
 
 impl Replay {
-    /// How many faults on pages that the profile lacks end the replay.
+    /// How many faults on pages that the profile lacks end the replay of one that has
+    /// proved right; of another, [`CREDIT`](Self::CREDIT) do.
     pub const PATIENCE: u32 = 16;
     /// How many of them a fault on one of its pages makes up for, at most.
     pub const CREDIT: u32 = 8;
@@ -71,7 +72,7 @@ impl Replay {
         }
         let known = members.iter().map(|word| u64::from(word.count_ones())).sum();
         let far_credit = far_credit(known, pages);
-        let (patience, counts) = (Self::PATIENCE * WHOLE, ReplayCounts::default());
+        let (patience, counts) = (Self::CREDIT * WHOLE, ReplayCounts::default());
         let (has_stopped, pace) = (false, Pace::new());
         Self { runs, at: 0, members, patience, far_credit, has_stopped, pace, counts }
     }
