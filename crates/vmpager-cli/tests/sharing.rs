@@ -374,14 +374,15 @@ fn check(report: &Value, exits: bool) {
     assert_eq!(faults.iter().sum::<u64>(), count("faults"));
     let [vcpu, vmm, kernel, attached, queued] = faults;
     assert!(vmm >= 256 && attached > 100, "the driver's, and the back-end's");
+    // Who is first at a page is chance: the back-end may be at most.
     match exits {
         // What vCPUs' threads miss beside their exits is KVM's own: with shadow paging
         // it walks the guest's page tables.
         true => {
-            assert!(queued > 1000 && vcpu == 0 && kernel < queued / 20);
+            assert!(queued > 100 && vcpu == 0 && kernel < queued / 2);
             assert!(kernel > 0 || nested_paging());
         }
-        false => assert!(vcpu > 1000 && kernel == 0 && queued == 0),
+        false => assert!(vcpu > 100 && kernel == 0 && queued == 0),
     }
     assert!(count("pages_demand") + count("pages_zero") <= (MEMORY / PAGE) as u64);
     assert_eq!(count("bytes_read"), count("pages_demand") * PAGE as u64, "each read once");
