@@ -70,7 +70,9 @@ impl Mapping {
 
     /// Private anonymous memory, aligned to 2 MiB, for a pager to fill and to
     /// make huge pages of. Absent pages arrive one by one all the same: a
-    /// userfaultfd keeps the kernel from making larger ones.
+    /// userfaultfd keeps the kernel from making larger ones. Before there is one,
+    /// a touch may bring 2 MiB of zeroes at once, if the kernel is set to use huge
+    /// pages always.
     ///
     /// # Errors
     ///
