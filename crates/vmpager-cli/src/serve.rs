@@ -83,7 +83,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE", required_unless_present = "image")]
     pub(crate) memory: Option<PathBuf>,
     /// A packed image of the memory instead (`vmpager image pack`): a file, or an
-    /// `http://` URL at a server of ranges (docs/remote.md).
+    /// `http://` or `https://` URL at a server of ranges (docs/remote.md).
     #[arg(long, value_name = "IMAGE", conflicts_with = "memory")]
     pub(crate) image: Option<PathBuf>,
     #[command(flatten)]
@@ -481,7 +481,7 @@ fn open(args: &ServeArgs, held: &[OwnedFd]) -> anyhow::Result<(Arc<dyn PageSourc
     let mut paths = args.source_paths().zip(0..).map(|(path, at)| as_held(path, held.get(at)));
     let first = paths.next().context("give the memory with --memory or --image")?;
     if args.image.is_some() {
-        let mut options = Image::options().remote(args.remote.options());
+        let mut options = Image::options().remote(args.parents.trusting(args.remote.options()));
         if let Some(bytes) = args.image_cache {
             options = options.cache_bytes(usize::try_from(bytes)?);
         }

@@ -2,128 +2,15 @@
 //! nginx where there is one, and a server that does what it is told to.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::fs;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+mod images;
 
+use std::fs;
+use std::time::Duration;
+
+use images::{Dir, Nginx, put, remote, stderr, verified, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tempfile::TempDir;
 use vmpager_testing::http::{Fault, Server};
-use vmpager_vm::{Filling, SnapshotPaths, Vm, VmConfig};
-
-const VMPAGER: &str = env!("CARGO_BIN_EXE_vmpager");
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// A directory with the snapshot of a small built-in guest, packed.
-struct Dir(TempDir);
-
-impl Dir {
-    fn new() -> Self {
-        let dir = Self(TempDir::new().unwrap());
-        let filling = Filling::Generated { seed: 1, bytes: None };
-        let config = VmConfig { memory_bytes: 16 << 20, filling, ..VmConfig::default() };
-        let mut vm = Vm::build(&config).unwrap();
-        vm.prepare().unwrap();
-        vm.snapshot(&dir.snapshot()).unwrap();
-        dir.done(&["image", "pack", &dir.mem(), "image"]);
-        dir
-    }
-
-    fn snapshot(&self) -> SnapshotPaths {
-        SnapshotPaths::in_dir(self.0.path())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn mem(&self) -> String {
-        self.snapshot().memory.to_string_lossy().into_owned()
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(VMPAGER);
-        command.args(args).current_dir(self.0.path()).stdin(Stdio::null()).output().unwrap()
-    }
-
-    fn done(&self, args: &[&str]) -> Output {
-        let output = self.run(args);
-        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
-        output
-    }
-
-    fn serve(&self, image: &str, more: &[&str]) -> Child {
-        let child = Command::new(VMPAGER)
-            .args(["serve", "--socket", "sock", "--json", "--image", image])
-            .args(more)
-            .current_dir(self.0.path())
-            .env("VMPAGER_LOG", "warn")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        wait_for("the socket", || self.path("sock").exists());
-        child
-    }
-
-    /// A guest that touches so many pages over the socket, and verifies each.
-    fn guest(&self, touches: &str) -> Child {
-        let state = self.snapshot().state;
-        Command::new(VMPAGER)
-            .args(["vm-process", "--restore", "pager", "--socket", "sock", "--cpu", "threads"])
-            .args(["--state", &state.to_string_lossy(), "--memory", &self.mem()])
-            .args(["--touches", touches, "--seed", "5", "--started-ns", "1"])
-            .current_dir(self.0.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
-    }
-
-    /// One session; what the daemon says of servers.
-    fn session(&self, image: &str, more: &[&str]) -> Value {
-        let pager = self.serve(image, &[&["--once", "--background-fill"], more].concat());
-        verified(self.guest("2000"), "2000");
-        remote(pager)
-    }
-}
-
-fn verified(guest: Child, touches: &str) {
-    let output = guest.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", stderr(&output));
-    let outcome: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(outcome["mismatches"], 0, "{outcome}");
-    assert_eq!(outcome["pages"].to_string(), touches, "{outcome}");
-}
-
-fn remote(pager: Child) -> Value {
-    let output = pager.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", stderr(&output));
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    report["remote"].clone()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn wait_for(what: &str, is: impl Fn() -> bool) {
-    let until = Instant::now() + LIMIT;
-    while !is() {
-        assert!(Instant::now() < until, "{what} did not come");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn put(server: &Server, dir: &Dir) -> String {
-    server.put("image", fs::read(dir.path("image")).unwrap(), Some("\"1\""));
-    server.url("image")
-}
 
 #[test]
 fn a_restarted_daemon_fetches_nothing_that_is_in_its_cache() {
@@ -191,59 +78,10 @@ fn servers_that_cannot_serve_images_are_refused_with_a_remedy() {
     assert_eq!(usage.status.code(), Some(2));
 }
 
-/// nginx, serving a directory on loopback.
-struct Nginx {
-    process: Child,
-    port: u16,
-}
-
-impl Nginx {
-    /// Starts it, if this machine has it.
-    fn start(dir: &Dir) -> Option<Self> {
-        let program = ["/usr/sbin/nginx", "/usr/bin/nginx", "/usr/local/sbin/nginx"]
-            .into_iter()
-            .find(|path| Path::new(path).exists())?;
-        let port = {
-            let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-            free.local_addr().unwrap().port()
-        };
-        let home = dir.path("nginx");
-        fs::create_dir_all(home.join("temp")).unwrap();
-        let shown = home.display();
-        let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-            .map(|kind| format!("{kind}_temp_path {shown}/temp/{kind};"))
-            .concat();
-        let root = dir.0.path().display();
-        let user = if rustix::process::geteuid().is_root() { "user root;" } else { "" };
-        let config = format!(
-            "daemon off; {user} master_process off; pid {shown}/pid; error_log {shown}/errors;\n\
-             events {{}}\n\
-             http {{ access_log {shown}/access; {temporary}\n\
-             server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
-        );
-        fs::write(home.join("nginx.conf"), config).unwrap();
-        let process = Command::new(program)
-            .args(["-p", &home.to_string_lossy(), "-c", "nginx.conf"])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let nginx = Self { process, port };
-        wait_for("nginx", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok());
-        Some(nginx)
-    }
-}
-
-impl Drop for Nginx {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
 #[test]
 fn nginx_serves_images_to_every_command() {
     let dir = Dir::new();
-    let Some(nginx) = Nginx::start(&dir) else {
+    let Some(nginx) = Nginx::start(&dir, None) else {
         vmpager_testing::skipped("no nginx (Debian: nginx-light)");
         return;
     };

@@ -62,7 +62,13 @@ struct Shared {
     latency: Mutex<Duration>,
     requests: Mutex<Vec<Request>>,
     closed: AtomicBool,
+    #[cfg(feature = "tls")]
+    tls: Option<Arc<rustls::ServerConfig>>,
 }
+
+/// What requests come and answers go over.
+trait Wire: Read + Write {}
+impl<T: Read + Write> Wire for T {}
 
 impl std::fmt::Debug for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -104,15 +110,23 @@ impl Server {
     ///
     /// If somebody else has it.
     pub fn at(port: u16) -> Self {
+        Self::start(port, Shared::default())
+    }
+
+    /// Starts one that speaks TLS, and shows this.
+    ///
+    /// # Panics
+    ///
+    /// If there is no port to be had.
+    #[cfg(feature = "tls")]
+    pub fn secure(identity: &crate::secure::Identity) -> Self {
+        Self::start(0, Shared { tls: Some(identity.config()), ..Shared::default() })
+    }
+
+    fn start(port: u16, shared: Shared) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("a port of loopback");
         let address = listener.local_addr().expect("a bound socket has an address");
-        let shared = Arc::new(Shared {
-            objects: Mutex::default(),
-            script: Mutex::new(Box::new(|_| None)),
-            latency: Mutex::default(),
-            requests: Mutex::default(),
-            closed: AtomicBool::new(false),
-        });
+        let shared = Arc::new(shared);
         let connections = Arc::<Mutex<Vec<Weak<TcpStream>>>>::default();
         let (accepting, open) = (Arc::clone(&shared), Arc::clone(&connections));
         let accepts = std::thread::spawn(move || {
@@ -136,7 +150,7 @@ impl Server {
 
     /// The URL of an object.
     pub fn url(&self, name: &str) -> String {
-        format!("http://{}/{name}", self.address)
+        format!("{}://{}/{name}", self.shared.scheme(), self.address)
     }
 
     /// Serves an object, in the place of another one, perhaps.
@@ -173,22 +187,61 @@ impl Drop for Server {
     }
 }
 
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            objects: Mutex::default(),
+            script: Mutex::new(Box::new(|_| None)),
+            latency: Mutex::default(),
+            requests: Mutex::default(),
+            closed: AtomicBool::new(false),
+            #[cfg(feature = "tls")]
+            tls: None,
+        }
+    }
+}
+
 impl Shared {
+    #[cfg(feature = "tls")]
+    fn scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
+    }
+
+    #[cfg(feature = "tls")]
+    fn wire<'a>(&self, stream: &'a TcpStream) -> Option<Box<dyn Wire + 'a>> {
+        let Some(config) = &self.tls else { return Some(Box::new(stream)) };
+        let connection = rustls::ServerConnection::new(Arc::clone(config)).ok()?;
+        Some(Box::new(rustls::StreamOwned::new(connection, stream)))
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn scheme(&self) -> &'static str {
+        "http"
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn wire<'a>(&self, stream: &'a TcpStream) -> Option<Box<dyn Wire + 'a>> {
+        Some(Box::new(stream))
+    }
+
     fn serve(&self, stream: &TcpStream) {
         let _ = stream.set_nodelay(true);
-        let mut reader = BufReader::new(stream);
+        let Some(wire) = self.wire(stream) else { return };
+        let mut reader = BufReader::new(wire);
         while let Some(request) = self.request(&mut reader) {
             let latency = *lock(&self.latency);
             std::thread::sleep(latency);
             let fault = (lock(&self.script))(&request);
-            if self.closed.load(Ordering::Relaxed) || self.answer(stream, &request, fault).is_none()
+            let wire = reader.get_mut();
+            if self.closed.load(Ordering::Relaxed)
+                || self.answer(wire, stream, &request, fault).is_none()
             {
                 break;
             }
         }
     }
 
-    fn request(&self, reader: &mut BufReader<&TcpStream>) -> Option<Request> {
+    fn request(&self, reader: &mut BufReader<Box<dyn Wire + '_>>) -> Option<Request> {
         let mut line = String::new();
         reader.by_ref().take(8192).read_line(&mut line).ok().filter(|bytes| *bytes > 0)?;
         let path = line.split(' ').nth(1)?.to_owned();
@@ -211,7 +264,13 @@ impl Shared {
     }
 
     /// Answers; `None` if the connection must end.
-    fn answer(&self, stream: &TcpStream, request: &Request, fault: Option<Fault>) -> Option<()> {
+    fn answer(
+        &self,
+        wire: &mut dyn Wire,
+        socket: &TcpStream,
+        request: &Request,
+        fault: Option<Fault>,
+    ) -> Option<()> {
         let path = request.path.split('?').next().unwrap_or_default();
         let object = lock(&self.objects).get(path).cloned();
         let is_other = |object: &Object| {
@@ -252,13 +311,14 @@ impl Shared {
             }
         }
         headers.insert("Content-Length", body.len().to_string());
-        send(stream, status, headers, body, fault)
+        send(wire, socket, status, headers, body, fault)
     }
 }
 
 /// Sends an answer, with what is wrong with its bytes.
 fn send(
-    mut stream: &TcpStream,
+    wire: &mut dyn Wire,
+    socket: &TcpStream,
     status: u16,
     mut headers: HashMap<&'static str, String>,
     body: &[u8],
@@ -272,31 +332,31 @@ fn send(
     for (name, value) in headers {
         head += &format!("{name}: {value}\r\n");
     }
-    stream.write_all((head + "\r\n").as_bytes()).ok()?;
+    wire.write_all((head + "\r\n").as_bytes()).ok()?;
     let part = |bytes: usize| &body[..bytes.min(body.len())];
     match fault {
         Some(Fault::Cut(bytes)) => {
-            stream.write_all(part(bytes)).ok()?;
+            wire.write_all(part(bytes)).ok()?;
             return None;
         }
         Some(Fault::Reset(bytes)) => {
-            stream.write_all(part(bytes)).ok()?;
+            wire.write_all(part(bytes)).ok()?;
             // What was sent shall arrive; then the kernel resets what it closes.
             std::thread::sleep(Duration::from_millis(2));
-            let _ = rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO));
+            let _ = rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO));
             return None;
         }
         Some(Fault::Stall(bytes, pause)) => {
-            stream.write_all(part(bytes)).ok()?;
+            wire.write_all(part(bytes)).ok()?;
             std::thread::sleep(pause);
             return None;
         }
         Some(Fault::Flip(byte)) if !body.is_empty() => {
             let mut flipped = body.to_vec();
             flipped[byte % body.len()] ^= 0x10;
-            stream.write_all(&flipped).ok()?;
+            wire.write_all(&flipped).ok()?;
         }
-        _ => stream.write_all(body).ok()?,
+        _ => wire.write_all(body).ok()?,
     }
     Some(())
 }

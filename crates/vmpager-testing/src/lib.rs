@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod http;
+#[cfg(feature = "tls")]
+pub mod secure;
 
 use std::io::Write;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::{Subcommand, ValueEnum};
 use vmpager_store::image::{Codec, Image, ImageOptions};
+use vmpager_store::remote::RemoteOptions;
 
 /// What to do with images.
 #[derive(Clone, Debug, Subcommand)]
@@ -40,13 +41,18 @@ pub(crate) fn run(command: &ImageCommand) -> anyhow::Result<()> {
     }
 }
 
-/// Where the layers below an image are.
+/// Where the layers below an image are, and who is believed to have them.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Parents {
     /// An image that a layer may be over; may be given several times [default:
     /// the name it had when the layer was made, beside the layer].
     #[arg(long = "parent", value_name = "IMAGE")]
     parents: Vec<PathBuf>,
+    /// Believe those `https://` servers for which an authority in this file of PEM
+    /// certificates vouches [default: those that this machine trusts, or SSL_CERT_FILE
+    /// names].
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
 }
 
 impl Parents {
@@ -57,7 +63,16 @@ impl Parents {
 
     /// Opens an image over them.
     pub(crate) fn open(&self, image: &Path) -> anyhow::Result<Arc<Image>> {
-        open_over(image, self.paths(), Image::options())
+        let remote = self.trusting(RemoteOptions::default());
+        open_over(image, self.paths(), Image::options().remote(remote))
+    }
+
+    /// Has servers believed as was said.
+    pub(crate) fn trusting(&self, options: RemoteOptions) -> RemoteOptions {
+        match &self.ca_file {
+            Some(file) => options.authorities(file),
+            None => options,
+        }
     }
 }
 

@@ -131,8 +131,8 @@ impl ImageOptions {
         self
     }
 
-    /// Opens an image and the layers below it. What begins with `http://` is at a
-    /// server.
+    /// Opens an image and the layers below it. What begins with `http://`, or `https://`
+    /// (feature `tls`), is at a server.
     ///
     /// # Errors
     ///

@@ -44,6 +44,26 @@ pub enum Problem {
         /// Its answer.
         status: u16,
     },
+    /// The server cannot show that it is who it should be.
+    #[error(
+        "the server's certificate is not good: {what}; if it should be, give the authority that \
+         issued it with --ca-file, or have this machine trust it (SSL_CERT_FILE)"
+    )]
+    Untrusted {
+        /// What of it.
+        what: String,
+    },
+    /// There is nobody to vouch for servers.
+    #[error(
+        "reading {from}: {what}; install the package ca-certificates, or give a file of PEM \
+         certificates with --ca-file"
+    )]
+    Authorities {
+        /// What was read.
+        from: String,
+        /// Why there are none.
+        what: String,
+    },
     /// There is no such object.
     #[error("there is no such object ({status}); see whether the URL is right")]
     Missing {

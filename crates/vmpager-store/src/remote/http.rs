@@ -10,7 +10,10 @@ use ureq::http::header::{
 };
 use ureq::{Agent, BodyReader};
 
+use super::RemoteOptions;
 use super::error::Problem;
+#[cfg(feature = "tls")]
+use super::tls;
 use super::url::ObjectUrl;
 
 /// Longest way to an object over redirects.
@@ -140,12 +143,15 @@ fn content_range(text: &str) -> Option<(Range<u64>, u64)> {
 }
 
 impl Client {
-    /// `timeout` is for each thing that is waited for: the answer's head, and each
-    /// further piece of it.
-    pub(crate) fn new(timeout: Duration) -> Self {
+    /// For requests to a server. The timeout is for each thing that is waited for: the
+    /// answer's head, and each further piece of it.
+    pub(crate) fn new(url: &ObjectUrl, options: &RemoteOptions) -> Result<Self, Problem> {
+        let timeout = options.timeout;
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(REDIRECTS)
+            // From where nobody can listen or write, no way leads to where they can.
+            .https_only(url.is_secure())
             // What the environment says is meant for other programs.
             .proxy(None)
             .user_agent(concat!("vmpager/", env!("CARGO_PKG_VERSION")))
@@ -157,9 +163,15 @@ impl Client {
             .timeout_connect(Some(CONNECT.min(timeout)))
             .timeout_send_request(Some(timeout))
             .timeout_recv_response(Some(timeout))
-            .timeout_per_read(Some(timeout))
-            .build();
-        Self { agent: config.into() }
+            .timeout_per_read(Some(timeout));
+        #[cfg(feature = "tls")]
+        let config = config.tls_config(match tls::trusting(options.authorities.as_deref()) {
+            Ok(trusting) => trusting,
+            Err(problem) if url.is_secure() => return Err(problem),
+            // Only a redirect can need it.
+            Err(_) => tls::trusting_nobody(),
+        });
+        Ok(Self { agent: config.build().into() })
     }
 
     /// Asks for a part of an object, which is not empty.
@@ -186,9 +198,15 @@ impl Client {
 }
 
 fn failed(error: &ureq::Error) -> Problem {
+    #[cfg(feature = "tls")]
+    if let Some(problem) = tls::problem(error) {
+        return problem;
+    }
     match error {
         ureq::Error::TooManyRedirects => wrong(format!("it redirects more than {REDIRECTS} times")),
-        ureq::Error::RedirectFailed | ureq::Error::TlsRequired => {
+        ureq::Error::RedirectFailed
+        | ureq::Error::TlsRequired
+        | ureq::Error::RequireHttpsOnly(_) => {
             wrong(format!("it redirects to where this program does not go ({error})"))
         }
         _ => Problem::Unreachable { what: error.to_string() },

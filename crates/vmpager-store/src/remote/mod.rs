@@ -11,6 +11,7 @@
 //! |---|---|
 //! | `url`, `error` | where objects are, and what can be wrong with them |
 //! | `http` | one request, and what is believed of its answer |
+//! | `tls` | which servers are believed to be who they say they are |
 //! | `object` | one object: that it is still the same, how its server is |
 //! | `pace` | when to ask again |
 //! | `index` | reading the index in few requests |
@@ -27,6 +28,8 @@ mod object;
 mod pace;
 mod queue;
 mod room;
+#[cfg(feature = "tls")]
+mod tls;
 mod url;
 
 use std::path::PathBuf;
@@ -49,6 +52,8 @@ pub struct RemoteOptions {
     pub(crate) cache: Option<(PathBuf, u64)>,
     pub(crate) patience: Duration,
     pub(crate) timeout: Duration,
+    #[cfg(feature = "tls")]
+    pub(crate) authorities: Option<PathBuf>,
     pub(crate) counters: Arc<Counters>,
 }
 
@@ -58,6 +63,8 @@ impl Default for RemoteOptions {
             cache: None,
             patience: Duration::from_secs(60),
             timeout: Duration::from_secs(15),
+            #[cfg(feature = "tls")]
+            authorities: None,
             counters: Arc::default(),
         }
     }
@@ -84,6 +91,16 @@ impl RemoteOptions {
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
+        self
+    }
+
+    /// Believes servers of `https://` URLs that the authorities in this file (of PEM
+    /// certificates) vouch for, instead of those that the machine trusts: the system's
+    /// store, or what `SSL_CERT_FILE` and `SSL_CERT_DIR` name.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn authorities(mut self, file: impl Into<PathBuf>) -> Self {
+        self.authorities = Some(file.into());
         self
     }
 }

@@ -75,9 +75,11 @@ impl Object {
         options: &RemoteOptions,
         head: &mut [u8],
     ) -> Result<Self, RemoteError> {
+        let client = Client::new(&url, options)
+            .map_err(|problem| RemoteError { url: url.shown().to_owned(), problem })?;
         let mut object = Self {
             url,
-            client: Client::new(options.timeout),
+            client,
             len: 0,
             known: Mutex::default(),
             index: OnceLock::new(),

@@ -40,13 +40,14 @@ impl ObjectUrl {
         let uri: Uri = text.parse().map_err(|_| refused("it is no valid URL"))?;
         match uri.scheme_str() {
             Some("http") => {}
+            Some("https") if cfg!(feature = "tls") => {}
             Some("https") => {
                 return Err(refused(
-                    "this program speaks no TLS; let a proxy on this machine do it, and give that \
-                     one's http:// URL",
+                    "this program was built without TLS (the feature `tls`); let a proxy on this \
+                     machine speak it, and give that one's http:// URL",
                 ));
             }
-            _ => return Err(refused("only http:// is known")),
+            _ => return Err(refused("only http:// and https:// are known")),
         }
         let authority = uri.authority().map(ureq::http::uri::Authority::as_str);
         match authority {
@@ -65,8 +66,13 @@ impl ObjectUrl {
     fn of(uri: Uri) -> Self {
         let query = if uri.query().is_some() { "?..." } else { "" };
         let authority = uri.authority().map_or("", ureq::http::uri::Authority::as_str);
-        let shown = format!("http://{authority}{}{query}", uri.path());
+        let shown = format!("{}://{authority}{}{query}", scheme_of(&uri), uri.path());
         Self { uri, shown }
+    }
+
+    /// Whether its server must show who it is.
+    pub(crate) fn is_secure(&self) -> bool {
+        scheme_of(&self.uri) == "https"
     }
 
     pub(crate) fn uri(&self) -> &Uri {
@@ -83,8 +89,13 @@ impl ObjectUrl {
         let authority = self.uri.authority()?.as_str();
         let (directory, _) = self.uri.path().rsplit_once('/')?;
         let name = utf8_percent_encode(name, SEGMENT);
-        Some(Self::of(format!("http://{authority}{directory}/{name}").parse().ok()?))
+        let scheme = scheme_of(&self.uri);
+        Some(Self::of(format!("{scheme}://{authority}{directory}/{name}").parse().ok()?))
     }
+}
+
+fn scheme_of(uri: &Uri) -> &str {
+    uri.scheme_str().unwrap_or_default()
 }
 
 /// A URL that was not understood, without what may be secret in it.
@@ -138,10 +149,22 @@ mod tests {
     }
 
     #[test]
+    fn secure_ones_stay_secure() {
+        if cfg!(feature = "tls") {
+            let url = parse("https://h/a/b.vmimg?signature=secret").unwrap();
+            assert!(url.is_secure() && url.beside("c").unwrap().is_secure());
+            assert_eq!(url.shown(), "https://h/a/b.vmimg?...");
+        } else {
+            let error = parse("https://h/x?key=secret").unwrap_err();
+            assert!(error.contains("without TLS") && !error.contains("secret"), "{error}");
+        }
+        assert!(!parse("http://h/x").unwrap().is_secure());
+    }
+
+    #[test]
     fn what_cannot_be_had_is_refused_with_a_remedy_and_without_secrets() {
         for (url, says) in [
-            ("https://h/x?key=secret", "TLS"),
-            ("s3://bucket/key", "only http://"),
+            ("ftp://h/x?key=secret", "only http://"),
             ("http://user:secret@h/x", "signed URL"),
             ("http:///x", "no valid URL"),
             ("http://h/a b", "no valid URL"),
