@@ -74,7 +74,8 @@ fn cargo(root: &Path, target: &Path) -> Command {
     command
         .current_dir(root)
         .env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim())
-        // Loading what nobody reads takes time in the emulator.
+        // Making and loading what nobody reads takes time.
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
         // The programs are tested here, not measured.
         .env("CARGO_PROFILE_RELEASE_LTO", "off")

@@ -13,7 +13,7 @@ use crate::cpus::guest_command;
 const ONE: Size = Size { still: 512, readers: 4, moving: 128, ..SMALL };
 const BOTH: Size = Size { vcpus: 2, ..ONE };
 /// Most of its faults are of readers that wait for pages that nobody else wants.
-const LARGE: Size = Size { still: 12288, readers: 48, moving: 256, vcpus: 2, memory_mib: 160 };
+const LARGE: Size = Size { still: 12288, readers: 48, moving: 256, vcpus: 2, least_mib: 160 };
 
 /// How much the load must do after a restore.
 const WORK: u64 = 400;

@@ -81,7 +81,7 @@ pub(super) fn every_access_finds_its_page(lab: &Lab) -> anyhow::Result<()> {
 /// Only that all ways are measured: times mean little here.
 pub(super) fn bench_exit_measures_every_way(lab: &Lab) -> anyhow::Result<()> {
     let mut command = guest_command(lab, &lab.vmpager);
-    command.args(["bench", "exit", "--memory", "8M", "--rounds", "1", "--json", "--dir", "."]);
+    command.args(["bench", "exit", "--memory", "4M", "--rounds", "1", "--json", "--dir", "."]);
     let output = command.output().with_context(|| format!("running {command:?}"))?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {}: {error}", output.status);

@@ -45,7 +45,7 @@ pub(super) fn restored_from_a_slow_source_it_goes_on(lab: &Lab) -> anyhow::Resul
 pub(super) fn restored_from_a_source_that_fails_once_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
     let saved = Saved::shared(lab, &SIZE)?;
     let source = FaultySource::wrap(RawFile::open(&saved.memory)?);
-    let pieces = u64::try_from(SIZE.memory_mib)?;
+    let pieces = u64::try_from(SIZE.memory_mib(lab)?)?;
     for piece in 0..pieces {
         source.fail(ByteRange::new(piece << 20, 1 << 20), Times::Often(1));
     }

@@ -1,5 +1,6 @@
 //! A Linux guest in a `vmpager vm` process, by what it prints.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -41,7 +42,8 @@ const TROUBLE: [&str; 7] = [
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Size {
     pub(super) vcpus: usize,
-    pub(super) memory_mib: usize,
+    /// Its memory with a small kernel; see [`memory_mib`](Self::memory_mib).
+    pub(super) least_mib: usize,
     /// Pages that never change.
     pub(super) still: usize,
     /// Threads that go through these.
@@ -50,9 +52,24 @@ pub(super) struct Size {
     pub(super) moving: usize,
 }
 
+/// From this size on a kernel's file is a distribution's.
+const LARGE_KERNEL: u64 = 10 << 20;
+
+/// How much more memory such a kernel takes for itself.
+const LARGE_KERNEL_MIB: usize = 64;
+
+impl Size {
+    /// How much memory a guest of this size has, in MiB, with the lab's kernel.
+    pub(super) fn memory_mib(&self, lab: &Lab) -> anyhow::Result<usize> {
+        let kernel = fs::metadata(&lab.kernel).with_context(|| lab.kernel.display().to_string())?;
+        let more = if kernel.len() < LARGE_KERNEL { 0 } else { LARGE_KERNEL_MIB };
+        Ok(self.least_mib + more)
+    }
+}
+
 /// Memory enough for a small kernel, its init and the load.
 pub(super) const SMALL: Size =
-    Size { vcpus: 1, memory_mib: 128, still: 2048, readers: 1, moving: 512 };
+    Size { vcpus: 1, least_mib: 64, still: 2048, readers: 1, moving: 512 };
 
 /// The same with two vCPUs.
 pub(super) const TWO: Size = Size { vcpus: 2, ..SMALL };
@@ -91,7 +108,8 @@ impl Guest {
 
     /// As [`boot`](Self::boot), with more options for `vm run`.
     pub(super) fn boot_with(lab: &Lab, size: &Size, more: &[&str]) -> anyhow::Result<Self> {
-        let Size { vcpus, memory_mib, still, readers, moving } = size;
+        let Size { vcpus, still, readers, moving, .. } = size;
+        let memory_mib = size.memory_mib(lab)?;
         // No huge pages: pages are to stay where they are.
         let cmdline = format!(
             "console=ttyS0 quiet mitigations=off transparent_hugepage=never lab.load={vcpus} \

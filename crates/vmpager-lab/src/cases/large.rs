@@ -12,16 +12,13 @@ use super::saved::Saved;
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// More than the load of [`TWO`] needs, in MiB and in huge pages.
-const HUGE: Size = Size { memory_mib: 96, ..TWO };
-const HUGE_PAGES: u64 = 96 / 2;
-
 /// Guest memory in huge pages of 2 MiB, saved and brought back so.
 pub(super) fn restored_on_huge_pages_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
-    let _pool = Pool::with(HUGE_PAGES)?;
-    let mut guest = Guest::boot_with(lab, &HUGE, &["--huge-pages"])?;
+    let huge_pages = u64::try_from(TWO.memory_mib(lab)? / 2)?;
+    let _pool = Pool::with(huge_pages)?;
+    let mut guest = Guest::boot_with(lab, &TWO, &["--huge-pages"])?;
     guest.work(500)?;
-    let saved = Saved::of(lab, guest, &HUGE)?;
+    let saved = Saved::of(lab, guest, &TWO)?;
     let serve = Serve::start(lab, &saved.memory, &[])?;
     let mut guest = saved.restore(lab, &["on-demand", "--pager", "pager.sock", "--huge-pages"])?;
     let all = read(POOL)? - free_huge_pages()?;
@@ -31,7 +28,7 @@ pub(super) fn restored_on_huge_pages_it_goes_on(lab: &Lab) -> anyhow::Result<()>
     let [session] = &sessions[..] else { anyhow::bail!("{} sessions, not one", sessions.len()) };
     println!("{all} huge pages when it went on, {} faults in the end", session.faults);
     ensure!(session.pages_poisoned == 0, "{session:?}");
-    ensure!((1..=HUGE_PAGES).contains(&all), "{all} huge pages of {HUGE_PAGES}");
+    ensure!((1..=huge_pages).contains(&all), "{all} huge pages of {huge_pages}");
     ensure!(session.faults > 0, "{session:?}");
     Ok(())
 }
@@ -68,8 +65,7 @@ fn read(path: &str) -> anyhow::Result<u64> {
     text.trim().parse().with_context(|| format!("{path} has {text:?}"))
 }
 
-/// A distribution's kernel needs more memory than a small one.
-const FOUR: Size = Size { vcpus: 4, memory_mib: 256, still: 512, readers: 1, moving: 128 };
+const FOUR: Size = Size { vcpus: 4, still: 512, moving: 128, ..TWO };
 
 /// With the host's kernel as guest, which may be one for more CPUs. vCPUs that the
 /// guest's kernel has no use for stay where they are after reset.

@@ -1,17 +1,23 @@
 //! Snapshots of guests under load.
 
 use std::fs::{self, File};
-use std::io::{BufReader, ErrorKind, Read};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 
 use super::Lab;
 use super::beat::Beat;
 use super::guest::{Guest, Size};
 use crate::cpus::guest_command;
 use crate::pages::{PAGE, still_page};
+
+/// Bytes of memory files that are read at a time.
+const PIECE: usize = 64 * PAGE;
 
 /// A snapshot.
 #[derive(Clone, Debug)]
@@ -97,17 +103,28 @@ impl Saved {
     /// Compares, in the memory of a guest that was restored from this snapshot,
     /// the pages that no guest ever touches for writing.
     pub(super) fn compare(&self, later: &Path) -> anyhow::Result<()> {
-        let (mut before, mut after) = (pages(&self.memory)?, pages(later)?);
+        let (before, after) = (open(&self.memory)?, open(later)?);
+        let len = before.metadata().context("the memory file")?.len();
+        let is = after.metadata().with_context(|| later.display().to_string())?.len();
+        ensure!(is == len, "{} has {is} bytes, not {len}", later.display());
         let mut still = vec![false; self.size.still];
-        let mut number = 0u64;
-        while let Some(page) = before.next()? {
-            let same = after.next()?.with_context(|| format!("{} ends early", later.display()))?;
-            if let Some(found) = still_page(&page).map_err(|error| anyhow::anyhow!("{error}"))? {
+        let (mut old, mut new) = (vec![0; PIECE], vec![0; PIECE]);
+        let mut at = 0;
+        // What is a hole in the snapshot has no such page.
+        while let Some(data) = next_data(&before, at).context("the memory file")? {
+            at = len.min(data + PIECE as u64);
+            let piece = usize::try_from(at - data)?;
+            for (file, bytes) in [(&before, &mut old), (&after, &mut new)] {
+                file.read_exact_at(&mut bytes[..piece], data).context("reading memory files")?;
+            }
+            let pages = old[..piece].chunks_exact(PAGE).zip(new.chunks_exact(PAGE));
+            for (number, (page, same)) in (data / PAGE as u64..).zip(pages) {
+                let found = still_page(page).map_err(|error| anyhow::anyhow!("{error}"))?;
+                let Some(found) = found else { continue };
                 ensure!(page == same, "page {number} of memory, which is never written, changed");
                 let seen = usize::try_from(found).ok().and_then(|at| still.get_mut(at));
                 *seen.with_context(|| format!("an unchanging page with number {found}"))? = true;
             }
-            number += 1;
         }
         let missing = still.iter().filter(|seen| !**seen).count();
         ensure!(missing == 0, "{missing} of the pages that never change are not in memory");
@@ -140,24 +157,15 @@ fn save(lab: &Lab, mut guest: Guest, dir: &Path) -> anyhow::Result<(Beat, Durati
     Ok((guest.last_beat()?, begin.elapsed()))
 }
 
-/// The pages of a memory file.
-fn pages(path: &Path) -> anyhow::Result<Pages> {
-    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-    Ok(Pages { path: path.into(), file: BufReader::with_capacity(64 * PAGE, file) })
+fn open(path: &Path) -> anyhow::Result<File> {
+    File::open(path).with_context(|| format!("opening {}", path.display()))
 }
 
-struct Pages {
-    path: PathBuf,
-    file: BufReader<File>,
-}
-
-impl Pages {
-    fn next(&mut self) -> anyhow::Result<Option<[u8; PAGE]>> {
-        let mut page = [0; PAGE];
-        match self.file.read_exact(&mut page) {
-            Ok(()) => Ok(Some(page)),
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
-            Err(error) => bail!("reading {}: {error}", self.path.display()),
-        }
+/// Where the next page is that may not be zero, from a page on.
+fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    match seek(file, SeekFrom::Data(from)) {
+        Ok(data) => Ok(Some(data - data % PAGE as u64)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
