@@ -2,7 +2,6 @@
 //! --conversions-json` writes, and what the page shows of it.
 
 use std::fmt::Write;
-use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use vmpager::core::convert::State;
@@ -123,7 +122,6 @@ impl Conversion {
             State::Undone => "undone",
             State::Stands => "stands",
         };
-        let pages = |ranges: &[Range<u64>]| ranges.iter().map(|run| run.end - run.start).sum();
         Self {
             number: *number,
             asked_by: asked_by.to_owned(),
@@ -132,9 +130,9 @@ impl Conversion {
             to: request.to.to_string(),
             took_us: took.as_secs_f64() * 1e6,
             outcome: state.to_owned(),
-            converted_pages: pages(&outcome.converted),
-            unconverted_pages: pages(&outcome.unconverted),
-            closed_pages: pages(&outcome.closed),
+            converted_pages: outcome.converted.pages(),
+            unconverted_pages: outcome.unconverted.pages(),
+            closed_pages: outcome.closed.pages(),
             failed: outcome.failed.as_ref().map(failed_step),
         }
     }

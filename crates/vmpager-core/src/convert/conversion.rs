@@ -1,9 +1,8 @@
 //! One conversion, step by step.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::{Contents, Kind};
+use super::{Contents, Kind, Runs};
 
 /// What a back-end does next. Ranges are those of page numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,31 +65,30 @@ pub struct Conversion {
     pub(super) to: Kind,
     contents: Contents,
     in_place: bool,
-    /// Pages that change, cut at slots.
-    pieces: Vec<Range<u64>>,
-    /// Pages that have the kind, but were open to nobody.
-    repairs: Vec<Range<u64>>,
+    parts: Parts,
     /// How many of the pieces have changed.
     changed: usize,
     phase: Phase,
-    /// What is left of the phase.
-    left: VecDeque<Range<u64>>,
+    /// Which of the phase's runs is next.
+    at: usize,
+    /// The pages of the step that is next, and how many of the phase's runs they are.
+    next: Option<(Range<u64>, usize)>,
     failed: Option<Step>,
-    pub(super) opened: Vec<Range<u64>>,
-    closed: Vec<Range<u64>>,
-    stale: Vec<Range<u64>>,
+    pub(super) opened: Runs,
+    closed: Runs,
+    stale: Runs,
 }
 
 /// What a conversion is made of, in order, cut at slots.
 #[derive(Debug)]
 pub(super) struct Parts {
     /// Pages that change.
-    pub(super) pieces: Vec<Range<u64>>,
+    pub(super) pieces: Runs,
     /// Pages that have the kind, but are open to nobody.
-    pub(super) repairs: Vec<Range<u64>>,
+    pub(super) repairs: Runs,
     /// Those of the pages that change for which there may be something in memory
     /// of the kind they are to have.
-    pub(super) stale: Vec<Range<u64>>,
+    pub(super) stale: Runs,
 }
 
 impl Conversion {
@@ -106,40 +104,35 @@ impl Conversion {
             to,
             contents,
             in_place,
-            pieces: parts.pieces,
-            repairs: parts.repairs,
+            phase: if parts.stale.is_empty() { Phase::Close } else { Phase::Clear },
+            parts,
             changed: 0,
-            phase: Phase::Clear,
-            left: parts.stale.into(),
+            at: 0,
+            next: None,
             failed: None,
-            opened: Vec::new(),
-            closed: Vec::new(),
-            stale: Vec::new(),
+            opened: Runs::default(),
+            closed: Runs::default(),
+            stale: Runs::default(),
         }
     }
 
     /// What to do now; `None` if it is over. The same again until it is
     /// [answered](Self::answer).
     pub fn next_step(&mut self) -> Option<Step> {
-        while self.left.is_empty() {
-            self.begin_next_phase()?;
+        while self.next.is_none() {
+            self.next = self.next_run();
+            if self.next.is_none() {
+                self.begin_next_phase()?;
+            }
         }
-        let (pages, to) = (self.left.front()?.clone(), self.to);
-        match self.phase {
-            Phase::Clear | Phase::Withdraw => Some(Step::Discard { pages, of: to }),
-            Phase::Close => Some(Step::Close { pages, to }),
-            Phase::Discard => Some(Step::Discard { pages, of: to.other() }),
-            Phase::Open => Some(Step::Open { pages, to }),
-            Phase::Repair => Some(Step::Reopen { pages, to }),
-            Phase::Reopen => Some(Step::Reopen { pages, to: to.other() }),
-            Phase::Over => None,
-        }
+        let (pages, _) = self.next.as_ref()?;
+        self.step(pages.clone())
     }
 
     /// Whether the step was done.
     pub fn answer(&mut self, is_done: bool) {
-        let Some(step) = self.next_step() else { return };
-        let Some(pages) = self.left.pop_front() else { return };
+        let Some((pages, runs)) = self.next.take() else { return };
+        self.at += runs;
         if is_done {
             match self.phase {
                 Phase::Discard => self.changed += 1,
@@ -148,14 +141,16 @@ impl Conversion {
             }
             return;
         }
-        self.failed.get_or_insert(step);
+        if self.failed.is_none() {
+            self.failed = self.step(pages.clone());
+        }
         match self.phase {
             // Nothing has changed so far.
             Phase::Clear => self.enter(Phase::Over),
             // Some of it may be closed: all go back.
             Phase::Close => self.enter(Phase::Reopen),
             // Those before it have lost their contents, and go on.
-            Phase::Discard => self.left.clear(),
+            Phase::Discard => self.enter(Phase::Open),
             Phase::Open | Phase::Repair => self.closed.push(pages),
             Phase::Reopen => {
                 // Where to close is to open to the others, they may come back.
@@ -169,11 +164,47 @@ impl Conversion {
         }
     }
 
+    /// The step of this phase for these pages.
+    fn step(&self, pages: Range<u64>) -> Option<Step> {
+        let to = self.to;
+        match self.phase {
+            Phase::Clear | Phase::Withdraw => Some(Step::Discard { pages, of: to }),
+            Phase::Close => Some(Step::Close { pages, to }),
+            Phase::Discard => Some(Step::Discard { pages, of: to.other() }),
+            Phase::Open => Some(Step::Open { pages, to }),
+            Phase::Repair => Some(Step::Reopen { pages, to }),
+            Phase::Reopen => Some(Step::Reopen { pages, to: to.other() }),
+            Phase::Over => None,
+        }
+    }
+
+    /// The pages of the phase's next step, and how many of its runs they are.
+    fn next_run(&self) -> Option<(Range<u64>, usize)> {
+        let Parts { pieces, repairs, stale } = &self.parts;
+        let (changed, unchanged) = pieces.split_at(self.changed);
+        match self.phase {
+            Phase::Clear => one(stale, self.at),
+            Phase::Close => joined(pieces, self.at),
+            Phase::Discard => one(pieces, self.at),
+            Phase::Open => joined(changed, self.at),
+            Phase::Repair => joined(repairs, self.at),
+            Phase::Reopen => joined(unchanged, self.at),
+            Phase::Withdraw if !self.in_place => one(unchanged, self.at),
+            Phase::Withdraw | Phase::Over => None,
+        }
+    }
+
     fn begin_next_phase(&mut self) -> Option<()> {
         let next = match self.phase {
             Phase::Clear => Phase::Close,
+            Phase::Close if self.contents == Contents::Preserve => {
+                self.changed = self.parts.pieces.len();
+                Phase::Open
+            }
             Phase::Close => Phase::Discard,
             Phase::Discard => Phase::Open,
+            // As a rule.
+            Phase::Open if self.failed.is_none() && self.parts.repairs.is_empty() => Phase::Over,
             Phase::Open => Phase::Repair,
             Phase::Repair => Phase::Reopen,
             Phase::Reopen => Phase::Withdraw,
@@ -184,31 +215,16 @@ impl Conversion {
     }
 
     fn enter(&mut self, phase: Phase) {
-        self.phase = phase;
-        let (changed, unchanged) = self.pieces.split_at(self.changed);
-        self.left = match phase {
-            Phase::Clear | Phase::Over => VecDeque::new(),
-            Phase::Close => joined(&self.pieces).into(),
-            Phase::Discard if self.contents == Contents::Preserve => {
-                self.changed = self.pieces.len();
-                VecDeque::new()
-            }
-            Phase::Discard => self.pieces.clone().into(),
-            Phase::Open => joined(changed).into(),
-            Phase::Repair => joined(&self.repairs).into(),
-            Phase::Reopen => joined(unchanged).into(),
-            Phase::Withdraw if self.in_place => VecDeque::new(),
-            Phase::Withdraw => unchanged.to_vec().into(),
-        };
+        (self.phase, self.at) = (phase, 0);
     }
 
     /// What came of it, once it is over.
     pub(super) fn outcome(self) -> Outcome {
-        let (changed, unchanged) = self.pieces.split_at(self.changed);
+        let (changed, unchanged) = self.parts.pieces.split_at(self.changed);
         Outcome {
             to: self.to,
-            converted: joined(changed),
-            unconverted: joined(unchanged),
+            converted: all_joined(changed),
+            unconverted: all_joined(unchanged),
             closed: self.closed,
             stale: self.stale,
             failed: self.failed,
@@ -216,16 +232,31 @@ impl Conversion {
     }
 }
 
-/// Ranges in order, those that touch made one.
-fn joined(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut joined: Vec<Range<u64>> = Vec::new();
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => joined.push(range.clone()),
+/// The run of that number.
+fn one(runs: &[Range<u64>], at: usize) -> Option<(Range<u64>, usize)> {
+    runs.get(at).map(|run| (run.clone(), 1))
+}
+
+/// The same with those after it that touch, made one, and how many these are.
+fn joined(runs: &[Range<u64>], at: usize) -> Option<(Range<u64>, usize)> {
+    let (first, others) = runs.get(at..)?.split_first()?;
+    let (mut joined, mut count) = (first.clone(), 1);
+    for run in others {
+        if run.start != joined.end {
+            break;
         }
+        (joined.end, count) = (run.end, count + 1);
     }
-    joined
+    Some((joined, count))
+}
+
+fn all_joined(runs: &[Range<u64>]) -> Runs {
+    let (mut all, mut at) = (Runs::default(), 0);
+    while let Some((run, count)) = joined(runs, at) {
+        all.push(run);
+        at += count;
+    }
+    all
 }
 
 /// What came of a conversion. Ranges are those of page numbers, in order.
@@ -234,17 +265,17 @@ pub struct Outcome {
     /// The kind asked for.
     pub to: Kind,
     /// Pages that have it now and had not before.
-    pub converted: Vec<Range<u64>>,
+    pub converted: Runs,
     /// Pages that should have it and do not: they have the other kind, and what
     /// they held. (Of those whose discarding [failed](Self::failed) some may be
     /// zeroes.)
-    pub unconverted: Vec<Range<u64>>,
+    pub unconverted: Runs,
     /// Pages that could be opened to nobody. The next conversion that
     /// includes them tries again, whatever it asks for.
-    pub closed: Vec<Range<u64>>,
+    pub closed: Runs,
     /// Unconverted pages for which something may be left in memory of the kind
     /// asked for. It is discarded before they are converted again.
-    pub stale: Vec<Range<u64>>,
+    pub stale: Runs,
     /// The first step that failed.
     pub failed: Option<Step>,
 }

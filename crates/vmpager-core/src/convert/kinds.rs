@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::conversion::Parts;
-use super::{Contents, Conversion, Kind, Outcome, PAGE_BYTES, Refusal, Request};
+use super::{Contents, Conversion, Kind, Outcome, PAGE_BYTES, Refusal, Request, Runs};
 
 /// Where the memory of the two kinds is, which decides what a conversion takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,13 +84,14 @@ impl Slots {
     }
 
     /// The range, cut where slots end.
-    fn cut(&self, pages: &Range<u64>) -> Vec<Range<u64>> {
+    fn cut(&self, pages: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let within = |slot: &Range<u64>| pages.start.max(slot.start)..pages.end.min(slot.end);
-        self.slots.iter().map(within).filter(|piece| !piece.is_empty()).collect()
+        self.slots.iter().map(within).filter(|piece| !piece.is_empty())
     }
 }
 
 /// What begins when a conversion is asked for.
+#[allow(clippy::large_enum_variant, reason = "a box would be an allocation for each conversion")]
 #[derive(Debug)]
 pub enum Begin {
     /// All of its pages have that kind: it is over.
@@ -98,7 +99,7 @@ pub enum Begin {
     /// Some of its pages are being converted: ask again when that is over.
     Busy,
     /// It begins, and must be [finished](Kinds::finish).
-    Start(Box<Conversion>),
+    Start(Conversion),
 }
 
 /// What a vCPU's fault comes from, which accessed a page as one of a kind.
@@ -159,8 +160,11 @@ impl Kinds {
 
     /// The runs of private pages, by number, cut where slots end.
     pub fn private_runs(&self) -> Vec<Range<u64>> {
-        let slots = self.slots.slots.iter();
-        slots.flat_map(|slot| self.runs(slot, |word| self.private.word(word))).collect()
+        let mut runs = Vec::new();
+        for slot in &self.slots.slots {
+            self.find(slot, |word| self.private.word(word), |run| runs.push(run));
+        }
+        runs
     }
 
     /// Begins a conversion. `Preserve` is for kinds that [can](Self::can).
@@ -177,43 +181,45 @@ impl Kinds {
             return Ok(Begin::Busy);
         }
         let wanted = if request.to == Kind::Private { u64::MAX } else { 0 };
-        let slots = self.slots.cut(&pages);
-        let runs = |are: &dyn Fn(usize) -> u64| -> Vec<_> {
-            slots.iter().flat_map(|slot| self.runs(slot, are)).collect()
-        };
         // Bits of the pages that change.
         let differ = |word| self.private.word(word) ^ wanted;
         let parts = Parts {
-            pieces: runs(&differ),
-            repairs: runs(&|word| !differ(word) & self.closed.word(word)),
-            stale: runs(&|word| differ(word) & self.stale.word(word)),
+            pieces: self.runs(&pages, differ),
+            repairs: match self.closed.is_empty() {
+                true => Runs::default(),
+                false => self.runs(&pages, |word| !differ(word) & self.closed.word(word)),
+            },
+            stale: match self.stale.is_empty() {
+                true => Runs::default(),
+                false => self.runs(&pages, |word| differ(word) & self.stale.word(word)),
+            },
         };
         if parts.pieces.is_empty() && parts.repairs.is_empty() {
             return Ok(Begin::Nothing);
         }
         self.busy.push(pages.clone());
         let in_place = self.places == Places::One;
-        Ok(Begin::Start(Box::new(Conversion::new(pages, request.to, contents, in_place, parts))))
+        Ok(Begin::Start(Conversion::new(pages, request.to, contents, in_place, parts)))
     }
 
     /// Ends a conversion that is over.
-    pub fn finish(&mut self, mut conversion: Box<Conversion>) -> Outcome {
+    pub fn finish(&mut self, conversion: Conversion) -> Outcome {
         if let Some(at) = self.busy.iter().position(|busy| *busy == conversion.pages) {
             self.busy.swap_remove(at);
         }
-        for run in std::mem::take(&mut conversion.opened) {
-            self.closed.set(self.indices(&run), false);
+        for run in conversion.opened.iter() {
+            self.closed.set(self.indices(run), false);
         }
         let outcome = conversion.outcome();
-        for run in &outcome.converted {
+        for run in outcome.converted.iter() {
             let run = self.indices(run);
             self.private.set(run.clone(), outcome.to == Kind::Private);
             self.stale.set(run, false);
         }
-        for run in &outcome.stale {
+        for run in outcome.stale.iter() {
             self.stale.set(self.indices(run), true);
         }
-        for run in &outcome.closed {
+        for run in outcome.closed.iter() {
             self.closed.set(self.indices(run), true);
         }
         outcome
@@ -248,31 +254,46 @@ impl Kinds {
         first..first + (pages.end - pages.start)
     }
 
-    /// The longest runs of pages in a range, which lies in one slot, whose bits are
-    /// set in the words that `word` gives, by number.
-    fn runs(&self, pages: &Range<u64>, word: impl Fn(usize) -> u64) -> Vec<Range<u64>> {
-        let indices = self.indices(pages);
-        let mut runs: Vec<Range<u64>> = Vec::new();
-        let mut at = indices.start;
-        while at < indices.end {
-            let (number, bit) = place(at);
-            let end = indices.end.min((at | (WORD - 1)) + 1);
-            let bits = word(number) & !(bit - 1);
-            let start = at / WORD * WORD + u64::from(bits.trailing_zeros());
-            if start >= end {
-                at = end;
-                continue;
-            }
-            let ones = (bits >> (start % WORD)).trailing_ones();
-            at = end.min(start + u64::from(ones));
-            let run = pages.start + (start - indices.start)..pages.start + (at - indices.start);
-            match runs.last_mut() {
-                Some(last) if last.end == run.start => last.end = run.end,
-                _ => runs.push(run),
-            }
+    /// The longest runs of pages whose bits are set in the words that `word` gives, by
+    /// number; cut where slots end.
+    fn runs(&self, pages: &Range<u64>, word: impl Fn(usize) -> u64) -> Runs {
+        let mut runs = Runs::default();
+        for piece in self.slots.cut(pages) {
+            self.find(&piece, &word, |run| runs.push(run));
         }
         runs
     }
+
+    /// The same, one by one, of pages in one slot.
+    fn find(
+        &self,
+        pages: &Range<u64>,
+        word: impl Fn(usize) -> u64,
+        mut found: impl FnMut(Range<u64>),
+    ) {
+        let indices = self.indices(pages);
+        let page = |index: u64| pages.start + (index - indices.start);
+        let mut at = indices.start;
+        while let Some(start) = first_set(at..indices.end, &word) {
+            at = first_set(start..indices.end, |number| !word(number)).unwrap_or(indices.end);
+            found(page(start)..page(at));
+        }
+    }
+}
+
+/// The first of these indices whose bit is set in the words that `word` gives.
+fn first_set(indices: Range<u64>, word: impl Fn(usize) -> u64) -> Option<u64> {
+    let mut at = indices.start;
+    while at < indices.end {
+        let (number, bit) = place(at);
+        let bits = word(number) & !(bit - 1);
+        // The next word's first, if none is.
+        at = at / WORD * WORD + u64::from(bits.trailing_zeros());
+        if bits != 0 {
+            return (at < indices.end).then_some(at);
+        }
+    }
+    None
 }
 
 /// Bits in a word.
@@ -280,32 +301,46 @@ const WORD: u64 = 64;
 
 /// A bit for each page.
 #[derive(Debug)]
-struct Bits(Vec<u64>);
+struct Bits {
+    words: Vec<u64>,
+    /// How many bits are set.
+    count: u64,
+}
 
 impl Bits {
-    fn new(count: u64) -> Self {
-        let words = usize::try_from(count.div_ceil(WORD)).unwrap_or(usize::MAX);
-        Self(vec![0; words])
+    /// Room for so many, none of which is set.
+    fn new(room: u64) -> Self {
+        let words = usize::try_from(room.div_ceil(WORD)).unwrap_or(usize::MAX);
+        Self { words: vec![0; words], count: 0 }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.count == 0
     }
 
     fn get(&self, index: u64) -> bool {
         let (word, bit) = place(index);
-        self.0.get(word).is_some_and(|word| word & bit != 0)
+        self.words.get(word).is_some_and(|word| word & bit != 0)
     }
 
     /// Bits of a word by its number; none beyond the last.
     fn word(&self, number: usize) -> u64 {
-        self.0.get(number).copied().unwrap_or(0)
+        self.words.get(number).copied().unwrap_or(0)
     }
 
     fn set(&mut self, indices: Range<u64>, to: bool) {
+        if !to && self.is_empty() {
+            return;
+        }
         let mut at = indices.start;
         while at < indices.end {
             let (number, bit) = place(at);
             let end = indices.end.min((at | (WORD - 1)) + 1);
             let mask = !(bit - 1) & (u64::MAX >> (WORD - 1 - (end - 1) % WORD));
-            if let Some(word) = self.0.get_mut(number) {
+            if let Some(word) = self.words.get_mut(number) {
+                self.count -= u64::from(word.count_ones());
                 *word = if to { *word | mask } else { *word & !mask };
+                self.count += u64::from(word.count_ones());
             }
             at = end;
         }
@@ -341,6 +376,8 @@ mod tests {
             let pages = offset + first..offset + (first + count).min(200);
             let is_set = |page: &u64| bits[usize::try_from(page - offset).unwrap()];
             let runs = kinds.runs(&pages, |word| kinds.private.word(word));
+            let count = bits.iter().filter(|bit| **bit).count() as u64;
+            prop_assert_eq!((kinds.private.count, kinds.private.is_empty()), (count, count == 0));
             let expected: Vec<u64> = pages.filter(is_set).collect();
             prop_assert_eq!(runs.iter().cloned().flatten().collect::<Vec<_>>(), expected);
             let touching = runs.iter().zip(runs.iter().skip(1)).any(|(a, b)| a.end >= b.start);

@@ -30,10 +30,12 @@
 mod conversion;
 mod kinds;
 mod request;
+mod runs;
 
 pub use conversion::{Conversion, Outcome, State, Step};
 pub use kinds::{Begin, FaultAnswer, Kinds, Places, SlotError, Slots};
 pub use request::{Contents, HC_MAP_GPA_RANGE, Kind, Refusal, Request};
+pub use runs::Runs;
 
 /// The unit of conversions, in bytes.
 pub const PAGE_BYTES: u64 = 4096;

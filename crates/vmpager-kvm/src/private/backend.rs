@@ -60,16 +60,18 @@ pub trait Backend: fmt::Debug + Send + Sync {
 
 /// Where a range of guest-physical addresses is in the memory behind its memslots:
 /// offset and bytes, slot by slot.
-pub(super) fn pieces(slots: &[GpaRange], range: &Range<u64>) -> io::Result<Vec<Range<usize>>> {
-    let within = |slot: &GpaRange| {
-        let start = range.start.max(slot.gpa);
-        let end = range.end.min(slot.gpa + slot.len);
+pub(super) fn pieces(
+    slots: &[GpaRange],
+    range: &Range<u64>,
+) -> impl Iterator<Item = io::Result<Range<usize>>> {
+    let Range { start, end } = *range;
+    let within = move |slot: &GpaRange| {
+        let (start, end) = (start.max(slot.gpa), end.min(slot.gpa + slot.len));
         (start < end).then(|| slot.offset + (start - slot.gpa)..slot.offset + (end - slot.gpa))
     };
     let to_usize = |offset: u64| usize::try_from(offset).map_err(io::Error::other);
     slots
         .iter()
         .filter_map(within)
-        .map(|piece| Ok(to_usize(piece.start)?..to_usize(piece.end)?))
-        .collect()
+        .map(move |piece| Ok(to_usize(piece.start)?..to_usize(piece.end)?))
 }

@@ -62,13 +62,10 @@ impl Backend for GuestMemfd {
     }
 
     fn discard(&self, range: Range<u64>, of: Kind) -> io::Result<()> {
-        for piece in pieces(&self.slots, &range)? {
-            match of {
-                Kind::Private => memfd::punch_hole(self.private.as_fd(), piece)?,
-                Kind::Shared => self.shared.remove(piece)?,
-            }
-        }
-        Ok(())
+        pieces(&self.slots, &range).try_for_each(|piece| match of {
+            Kind::Private => memfd::punch_hole(self.private.as_fd(), piece?),
+            Kind::Shared => self.shared.remove(piece?),
+        })
     }
 
     /// Closing has done it already.

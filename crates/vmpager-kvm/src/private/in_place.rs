@@ -42,12 +42,10 @@ impl InPlace {
     }
 
     fn allow(&self, range: &Range<u64>, access: Access) -> io::Result<()> {
-        for piece in pieces(&self.slots, range)? {
-            for view in &self.views {
-                view.allow_in(piece.clone(), access)?;
-            }
-        }
-        Ok(())
+        pieces(&self.slots, range).try_for_each(|piece| {
+            let piece = piece?;
+            self.views.iter().try_for_each(|view| view.allow_in(piece.clone(), access))
+        })
     }
 }
 
@@ -70,7 +68,7 @@ impl Backend for InPlace {
     }
 
     fn discard(&self, range: Range<u64>, _: Kind) -> io::Result<()> {
-        pieces(&self.slots, &range)?.into_iter().try_for_each(|piece| self.vcpus.remove(piece))
+        pieces(&self.slots, &range).try_for_each(|piece| self.vcpus.remove(piece?))
     }
 
     fn open(&self, range: Range<u64>, to: Kind) -> io::Result<()> {

@@ -1,7 +1,6 @@
 //! What conversions there were.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::time::Duration;
 
 use vmpager_core::convert::{Kind, Outcome, Request, State};
@@ -63,7 +62,7 @@ pub struct ConversionStats {
     pub retried: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Log {
     stats: ConversionStats,
     begun: u64,
@@ -71,12 +70,17 @@ pub(super) struct Log {
 }
 
 impl Log {
+    /// Of no conversion so far, with room for all that is kept.
+    pub(super) fn new() -> Self {
+        let stats = ConversionStats::default();
+        Self { stats, begun: 0, latest: VecDeque::with_capacity(KEPT) }
+    }
+
     pub(super) fn add(&mut self, cause: Cause, request: Request, outcome: Outcome, took: Duration) {
         self.count(cause);
-        let pages = |ranges: &[Range<u64>]| ranges.iter().map(|r| r.end - r.start).sum::<u64>();
         match outcome.to {
-            Kind::Private => self.stats.private_pages += pages(&outcome.converted),
-            Kind::Shared => self.stats.shared_pages += pages(&outcome.converted),
+            Kind::Private => self.stats.private_pages += outcome.converted.pages(),
+            Kind::Shared => self.stats.shared_pages += outcome.converted.pages(),
         }
         match outcome.state() {
             State::Done => {}

@@ -122,17 +122,14 @@ pub fn failed_step(step: &Step) -> String {
 }
 
 fn stands(outcome: &Outcome) -> String {
-    let pages = |ranges: &[std::ops::Range<u64>]| -> u64 {
-        ranges.iter().map(|range| range.end - range.start).sum()
-    };
     match outcome.state() {
         State::Done | State::Undone => "all is as it was".to_owned(),
         State::Stands => format!(
             "{} pages are {} now, {} are not, {} are open to nobody",
-            pages(&outcome.converted),
+            outcome.converted.pages(),
             outcome.to,
-            pages(&outcome.unconverted),
-            pages(&outcome.closed)
+            outcome.unconverted.pages(),
+            outcome.closed.pages()
         ),
     }
 }
@@ -226,7 +223,7 @@ impl PrivateMemory {
         if !kinds.can(contents) {
             return Err(PrivateError::CannotPreserve { backend: backend.name() });
         }
-        let state = Mutex::new(Kept { kinds, log: Log::default(), waiting: 0, held: 0 });
+        let state = Mutex::new(Kept { kinds, log: Log::new(), waiting: 0, held: 0 });
         let bare = AtomicBool::new(false);
         Ok(Self { backend, contents, intent, bare, state, over: Condvar::new() })
     }
