@@ -199,30 +199,44 @@ fn one_round(
     let idle = ConvertWorkload { conversions: 0, ..workload.clone() };
     let (_, alone) = vm.time_conversions(&idle, faults)?;
     let (_, others) = vm.time_conversions(workload, faults)?;
-    // With nobody else who wants the CPU; and who comes first may be slower for that.
-    let (mut converted, mut bare) = (Stalls::default(), Stalls::default());
-    let mut turns = [(&mut *vm, &mut converted), (&mut *bare_vm, &mut bare)];
-    if workload.seed % 2 == 1 {
-        turns.reverse();
-    }
-    for (vm, stalls) in turns {
-        (*stalls, _) = vm.time_conversions(workload, 1)?;
+    // With nobody else who wants the CPU. Those in the middle make up for those at the
+    // ends, should all of it become slower or faster meanwhile.
+    let half = (workload.conversions / 2).next_multiple_of(2);
+    let half = ConvertWorkload { conversions: half, ..workload.clone() };
+    let (mut converted, mut bare) = (Ways::default(), Ways::default());
+    let is_first = workload.seed.is_multiple_of(2);
+    for is_bare in [!is_first, is_first, is_first, !is_first] {
+        let (vm, ways) =
+            if is_bare { (&mut *bare_vm, &mut bare) } else { (&mut *vm, &mut converted) };
+        ways.add(&vm.time_conversions(&half, 1)?.0);
     }
     Ok(Measured {
-        conversion_us: both_ways_us(&converted),
-        bare_us: both_ways_us(&bare),
+        conversion_us: converted.mean_us(),
+        bare_us: bare.mean_us(),
         others_p99_us: to_f64(others.p99()) / 1e3,
         others_alone_p99_us: to_f64(alone.p99()) / 1e3,
     })
 }
 
-/// The mean of the two directions' medians: they take turns, and differ.
-fn both_ways_us(stalls: &Stalls) -> f64 {
-    let way = |first| {
-        let each = stalls.in_order().iter().skip(first).step_by(2);
-        median(each.map(|nanoseconds| to_f64(*nanoseconds) / 1e3))
-    };
-    (way(0) + way(1)) / 2.0
+/// How long conversions took, in microseconds: to private, and to shared.
+#[derive(Debug, Default)]
+struct Ways([Vec<f64>; 2]);
+
+impl Ways {
+    /// They take turns.
+    fn add(&mut self, stalls: &Stalls) {
+        for both in stalls.in_order().chunks(2) {
+            for (way, nanoseconds) in self.0.iter_mut().zip(both) {
+                way.push(to_f64(*nanoseconds) / 1e3);
+            }
+        }
+    }
+
+    /// The mean of the two medians.
+    fn mean_us(&self) -> f64 {
+        let [private, shared] = &self.0;
+        f64::midpoint(median(private.iter().copied()), median(shared.iter().copied()))
+    }
 }
 
 const MEMORY: u64 = 16 << 20;
