@@ -450,6 +450,12 @@ impl AsyncPf {
         !self.ready.is_empty()
     }
 
+    /// Whether the guest has yet to acknowledge what was posted last: nothing is posted
+    /// before.
+    pub fn is_unacknowledged(&self) -> bool {
+        self.outstanding.is_some()
+    }
+
     /// What to post now, if anything. `word` is what is in the word for tokens,
     /// `None` if that cannot be told; `local_apic` says whether the local APIC is
     /// on by both of its switches. It is to be posted at once.

@@ -67,6 +67,8 @@ pub struct AsyncFaults {
     parked_at: Option<(Hva, u64)>,
     /// There is something to post, or may be.
     due: bool,
+    /// Pages may have come for which nobody called.
+    unheard: bool,
     /// KVM's copy of the vector is to be put there.
     enabled: bool,
     stats: ApfStats,
@@ -119,6 +121,7 @@ impl AsyncFaults {
             park: None,
             parked_at: None,
             due: false,
+            unheard: false,
             enabled: false,
             stats: ApfStats::default(),
         })
@@ -193,12 +196,14 @@ impl AsyncFaults {
                 // Who slept before is woken; their pages come all the same.
                 self.enabled = true;
                 self.due = true;
+                self.unheard = true;
             }
             Written::Acknowledged => {
                 let area = self.device.registers().area();
                 let word = area.and_then(|area| self.memory.read(area + TOKEN_AT));
                 self.device.taken(word.map(u32::from_le_bytes));
                 self.due = true;
+                self.unheard = true;
             }
             Written::Disabled | Written::Nothing => {}
         }
@@ -220,11 +225,16 @@ impl AsyncFaults {
         if std::mem::take(&mut self.enabled) {
             set_canary(vcpu)?;
         }
+        if std::mem::take(&mut self.unheard) {
+            self.listen();
+            self.take_arrivals(vcpu, delivery)?;
+        }
         if self.caller.answer() {
             self.take_arrivals(vcpu, delivery)?;
         }
         if std::mem::take(&mut self.due) && self.device.has_ready() {
             self.post(vcpu)?;
+            self.listen();
         }
         Ok(())
     }
@@ -272,10 +282,13 @@ impl AsyncFaults {
         Ok(())
     }
 
-    /// Has the bell ring for all pages that are waited for.
+    /// Has the bell ring for all pages that are waited for. While the guest has not
+    /// acknowledged a token it is told of no other, and its acknowledging ends in
+    /// userspace: nobody need call for a task's page until then.
     fn listen(&self) {
-        let flights = self.flights.iter().map(|flight| flight.page);
-        self.caller.wait_for(flights.chain(self.park.map(|park| park.page)));
+        let told = self.flights.iter().filter(|_| !self.device.is_unacknowledged());
+        let parked = self.park.map(|park| park.page);
+        self.caller.wait_for(told.map(|flight| flight.page).chain(parked));
     }
 
     /// Tells the device which pages have come.
@@ -336,7 +349,7 @@ impl AsyncFaults {
     /// [`ApfError`]: the guest cannot go on.
     pub fn on_wait<I: WatchedInstaller>(
         &mut self,
-        vcpu: &VcpuFd,
+        vcpu: &mut VcpuFd,
         delivery: &mut ExitDelivery<I>,
         gpa: u64,
     ) -> Result<Told, ApfError> {
@@ -417,7 +430,7 @@ impl AsyncFaults {
 
     fn tell<I: WatchedInstaller>(
         &mut self,
-        vcpu: &VcpuFd,
+        vcpu: &mut VcpuFd,
         delivery: &ExitDelivery<I>,
         state: &State,
         (page, gpa): (Hva, u64),
@@ -433,21 +446,21 @@ impl AsyncFaults {
             return Ok(Told::Came);
         }
         self.parked_at = None;
-        let told = self.inject(vcpu, &state.events, ticket.token());
+        let told = self.inject(vcpu, delivery, state.events, ticket.token());
         self.device.announced(ticket, told.is_ok());
         told.map(|()| Told::Guest)
     }
 
-    fn inject(
+    fn inject<I: WatchedInstaller>(
         &self,
-        vcpu: &VcpuFd,
-        events: &kvm_vcpu_events,
+        vcpu: &mut VcpuFd,
+        delivery: &ExitDelivery<I>,
+        mut events: kvm_vcpu_events,
         token: Token,
     ) -> Result<(), ApfError> {
         let Some(area) = self.device.registers().area() else { return Ok(()) };
         // Nothing but the exception is said to be valid, so that NMIs and SMIs that
         // have come since stay.
-        let mut events = *events;
         events.flags = KVM_VCPUEVENT_VALID_PAYLOAD;
         events.exception.pending = 1;
         events.exception.injected = 0;
@@ -458,7 +471,7 @@ impl AsyncFaults {
         events.exception_payload = token.get().into();
         // The guest takes any page fault for one of these while the word is set.
         self.memory.write(area, &NOT_PRESENT.to_le_bytes());
-        vcpu.set_vcpu_events(&events).map_err(|error| {
+        delivery.set_events(vcpu, events).map_err(|error| {
             self.memory.write(area, &0_u32.to_le_bytes());
             refused("tell a guest that a page is not present")(error)
         })

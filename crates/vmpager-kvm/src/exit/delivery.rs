@@ -460,6 +460,20 @@ impl<I: PageInstaller> ExitDelivery<I> {
         missing.pages().first().is_some_and(|first| is_event(first.cause))
     }
 
+    /// Gives a vCPU these events: by the next entry, where that spares a call.
+    pub(crate) fn set_events(
+        &self,
+        vcpu: &mut VcpuFd,
+        events: kvm_vcpu_events,
+    ) -> Result<(), kvm_ioctls::Error> {
+        if self.syncs {
+            vcpu.sync_regs_mut().events = events;
+            vcpu.set_sync_dirty_reg(SyncReg::VcpuEvents);
+            return Ok(());
+        }
+        vcpu.set_vcpu_events(&events)
+    }
+
     /// What a vCPU was about to do when its `KVM_RUN` ended with a fault.
     pub(crate) fn state(&self, vcpu: &VcpuFd) -> Result<State, ExitError> {
         if self.syncs {

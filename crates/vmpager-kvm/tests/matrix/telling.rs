@@ -3,6 +3,7 @@
 //! what a kernel would, one step at a time.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msi, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_sregs,
@@ -133,6 +134,7 @@ pub(crate) struct World {
     area: u64,
     /// What tasks have said.
     pub(crate) said: Vec<u8>,
+    calls: Arc<AtomicU64>,
     _server: Server,
 }
 
@@ -182,7 +184,11 @@ impl World {
         let exits = ExitDelivery::new(&kvm, &mut vcpu, memory, Own(pages.clone()));
         let exits = exits.expect("a vCPU with CPUID");
         // Nothing comes while the vCPU is in the guest: it looks before it enters.
-        let caller = Arc::new(Caller::new(|| ()));
+        let calls = Arc::new(AtomicU64::new(0));
+        let counted = calls.clone();
+        let caller = Arc::new(Caller::new(move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+        }));
         let device = AsyncFaults::new(vm.clone(), (0, &vcpu), &exits, caller, Arc::new(Always));
         let device = device.expect("a device");
         let user = Task { regs: setup.regs, sregs: setup.sregs };
@@ -197,6 +203,7 @@ impl World {
             kernel,
             area: AREA,
             said,
+            calls,
             _server: server,
         };
         world.turn_on_local_apic();
@@ -214,6 +221,11 @@ impl World {
 
     pub(crate) fn is_by(&self, mechanism: Mechanism) -> bool {
         self.exits.memory().mechanism() == mechanism
+    }
+
+    /// How often the vCPU was called out of the guest.
+    pub(crate) fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
     }
 
     pub(crate) fn stats(&self) -> ApfStats {
@@ -310,7 +322,7 @@ impl World {
         match self.exits.after_fault(&self.vcpu, fault).expect("a page") {
             Delivered::Resumed => None,
             Delivered::Waiting(gpa) => {
-                let told = self.device.on_wait(&self.vcpu, &mut self.exits, gpa);
+                let told = self.device.on_wait(&mut self.vcpu, &mut self.exits, gpa);
                 match told.expect("an answer") {
                     Told::Guest | Told::Came => None,
                     Told::Parked => Some(Step::Parked),

@@ -86,6 +86,27 @@ fn another_task_runs_until_the_page_is_ready() {
     });
 }
 
+/// Nothing could be told of it before: for one vCPU that costs an exit less.
+#[test]
+fn for_a_page_that_comes_while_a_token_is_not_acknowledged_nobody_calls() {
+    with(2, |world| {
+        let (first, one) = world.read(slow(0)).told();
+        let (second, two) = world.read(slow(1)).told();
+        world.pages.release(slow(0));
+        assert_eq!(world.calls(), 1);
+        let other = ready(world.read(IDLE), first);
+        world.pages.release(slow(1));
+        assert_eq!(world.calls(), 1);
+        world.take();
+        let other = ready(world.go_on(&other), second);
+        world.take();
+        ends(world.go_on(&other), 0);
+        ends(world.go_on(&one), content(slow(0)));
+        ends(world.go_on(&two), content(slow(1)));
+        told(world, 2, 2);
+    });
+}
+
 #[test]
 fn with_interrupts_off_the_vcpu_waits() {
     with(1, |world| {

@@ -1,5 +1,7 @@
 //! Linux guests that are told of missing pages, and run something else meanwhile.
 
+use std::process::Command;
+
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use vmpager_kvm::probe;
@@ -8,7 +10,6 @@ use super::Lab;
 use super::guest::{Guest, SMALL, Size};
 use super::linux::RESET;
 use super::saved::Saved;
-use crate::cpus::guest_command;
 
 const ONE: Size = Size { still: 512, readers: 4, moving: 128, ..SMALL };
 const BOTH: Size = Size { vcpus: 2, ..ONE };
@@ -98,7 +99,8 @@ pub(super) fn a_reset_with_tasks_asleep_is_told(lab: &Lab) -> anyhow::Result<()>
 
 /// Only that all is measured, and right: times mean little here.
 pub(super) fn bench_apf_measures_every_way(lab: &Lab) -> anyhow::Result<()> {
-    let mut command = guest_command(lab, &lab.vmpager);
+    // It keeps its vCPU on the last CPU by itself.
+    let mut command = Command::new(&lab.vmpager);
     command.args(["bench", "apf", "--latency", "0,5", "--walkers", "1,4", "--rounds", "1"]);
     command.args(["--json", "--dir", ".", "--kernel"]).arg(&lab.kernel);
     command.arg("--initrd").arg(&lab.initrd);
@@ -107,13 +109,13 @@ pub(super) fn bench_apf_measures_every_way(lab: &Lab) -> anyhow::Result<()> {
 
 /// All rows of the bench.
 pub(super) fn bench_apf_in_full(lab: &Lab) -> anyhow::Result<()> {
-    let mut command = guest_command(lab, &lab.vmpager);
+    let mut command = Command::new(&lab.vmpager);
     command.args(["bench", "apf", "--json", "--dir", ".", "--kernel"]).arg(&lab.kernel);
     command.arg("--initrd").arg(&lab.initrd);
     rows(&mut command, 15)
 }
 
-fn rows(command: &mut std::process::Command, expected: usize) -> anyhow::Result<()> {
+fn rows(command: &mut Command, expected: usize) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("running {command:?}"))?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {}: {error}", output.status);

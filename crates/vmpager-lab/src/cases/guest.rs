@@ -20,6 +20,10 @@ use crate::cpus::guest_command;
 /// them at once takes its time.
 pub(super) const PATIENCE: Duration = Duration::from_secs(40);
 
+/// How long a page may take that the guest misses, on a machine that does much else.
+/// Before it gives its verdict it touches all.
+const MISSED: Duration = Duration::from_millis(10);
+
 /// How long the load may take to begin: a distribution's kernel as guest, in the
 /// emulator, takes its time.
 const BOOTING: Duration = Duration::from_secs(150);
@@ -84,6 +88,8 @@ pub(super) struct Guest {
     control: PathBuf,
     /// Where the program's own summary comes, if it was asked for one.
     summary: Option<ChildStdout>,
+    /// How long it may say nothing of what is waited for.
+    patience: Duration,
 }
 
 /// A guest stands still, or is gone. Nothing of it was found to be wrong, so it may
@@ -119,7 +125,7 @@ impl Guest {
         command.args(["vm", "run"]).arg("--kernel").arg(&lab.kernel);
         command.arg("--initrd").arg(&lab.initrd).args(["--cmdline", &cmdline]);
         command.args(["--memory", &format!("{memory_mib}M"), "--vcpus", &vcpus.to_string()]);
-        let mut guest = Self::start(command.args(more), "control")?;
+        let mut guest = Self::start(command.args(more), "control")?.patient(size);
         guest.find_within(BOOTING, "its load to start", |line| {
             line.contains("load: ready").then_some(())
         })?;
@@ -163,7 +169,15 @@ impl Guest {
                 bytes.clear();
             }
         });
-        Ok(Self { child, stdin, lines, console: Vec::new(), control, summary })
+        let console = Vec::new();
+        Ok(Self { child, stdin, lines, console, control, summary, patience: PATIENCE })
+    }
+
+    /// Leaves it the time to miss each page of a load of this size.
+    pub(super) fn patient(mut self, size: &Size) -> Self {
+        let pages = u32::try_from(size.still).unwrap_or(u32::MAX);
+        self.patience = PATIENCE + MISSED.saturating_mul(pages);
+        self
     }
 
     /// Waits for a line of the console from which `find` makes something.
@@ -172,7 +186,7 @@ impl Guest {
         what: &str,
         find: impl Fn(&str) -> Option<T>,
     ) -> anyhow::Result<T> {
-        self.find_within(PATIENCE, what, find)
+        self.find_within(self.patience, what, find)
     }
 
     fn find_within<T>(
@@ -244,7 +258,7 @@ impl Guest {
     /// Waits until all parts of the load have done so much more than now.
     pub(super) fn work(&mut self, more: u64) -> anyhow::Result<Beat> {
         let begin = self.beat()?;
-        let deadline = Instant::now() + 2 * PATIENCE;
+        let deadline = Instant::now() + 2 * self.patience;
         loop {
             let beat = self.beat()?;
             if beat.has_done(more, &begin) {

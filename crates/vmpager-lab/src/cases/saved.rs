@@ -85,7 +85,7 @@ impl Saved {
         let mut command = guest_command(lab, &lab.vmpager);
         command.args(["vm", "restore", "--state"]).arg(&self.state);
         command.arg("--memory").arg(&self.memory).arg("--memory-mode").args(mode);
-        Guest::start(&mut command, name)
+        Ok(Guest::start(&mut command, name)?.patient(&self.size))
     }
 
     /// Waits for the guest's first words, which must show that it goes on where

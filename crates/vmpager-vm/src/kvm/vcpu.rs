@@ -136,6 +136,9 @@ impl Vcpu {
         let _inside = kick.enter();
         loop {
             if let (Some(device), Some(exits)) = (&mut self.async_faults, &mut self.exits) {
+                // It answers whoever called, wherever the vCPU was then: no need to come
+                // out once more for that.
+                kick.came();
                 device.before_entry(&self.fd, exits)?;
             }
             let mut ran = self.fd.run();
@@ -194,7 +197,7 @@ impl Vcpu {
                 Delivered::Waiting(gpa) => {
                     let since = Instant::now();
                     if let Some(device) = self.async_faults.as_mut().filter(|_| may_tell) {
-                        match device.on_wait(&self.fd, exits, gpa)? {
+                        match device.on_wait(&mut self.fd, exits, gpa)? {
                             Told::Nobody => {}
                             Told::Guest => {
                                 // The guest goes on without a pause: let whoever brings

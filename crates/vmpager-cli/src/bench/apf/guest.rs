@@ -16,6 +16,7 @@ use vmpager_vm::{
     SnapshotPaths,
 };
 
+use super::cpus::Cpus;
 use crate::vm::AsyncPf;
 
 const PAGE: u64 = 4096;
@@ -60,6 +61,7 @@ pub(super) struct WalkingGuest {
     walked: Vec<ByteRange>,
     /// The other pages that are not zero, by their offset.
     others: Vec<u64>,
+    cpus: Cpus,
 }
 
 impl WalkingGuest {
@@ -76,13 +78,16 @@ impl WalkingGuest {
         let config = LinuxConfig { boot, memory_bytes, vcpus: 1, huge_pages: false };
         let (console, lines) = Console::new();
         let mut vm = LinuxVm::boot(&config, Box::new(console))?;
-        vm.resume()?;
+        let cpus = Cpus::set_apart()?;
+        cpus.on_vcpus(|| vm.resume())??;
         find(&lines, "walk: ready")?;
+        // It is not to go on, and that elsewhere, once it is saved.
+        vm.pause();
         let paths = SnapshotPaths::in_dir(dir);
         let snapshot = vm.snapshot(&paths)?;
         let (walked, others) = look(&paths.memory)?;
         ensure!(!walked.is_empty(), "the guest's memory has no pages to be walked");
-        Ok(Self { snapshot, memory: paths.memory, walked, others })
+        Ok(Self { snapshot, memory: paths.memory, walked, others, cpus })
     }
 
     /// Restores it, has everything in place but the pages that are walked, and has
@@ -106,7 +111,7 @@ impl WalkingGuest {
         for offset in &self.others {
             vm.memory().read_u64(usize::try_from(*offset)?);
         }
-        vm.resume()?;
+        self.cpus.on_vcpus(|| vm.resume())??;
         say(&vm, "hello\n")?;
         find(&lines, "walk: hello")?;
         let Walk { compute_ms, walkers, pages, .. } = walk;

@@ -2,6 +2,7 @@
 //! is missing. With faults that stop the vCPU, with KVM's own asynchronous page
 //! faults over a userfaultfd, and with vmpager's, on vCPU exits.
 
+mod cpus;
 mod guest;
 mod tasks;
 
@@ -28,7 +29,8 @@ use crate::{output, size};
     `walk MILLISECONDS WALKERS PAGES` it computes so long in one task, checks so many\n\
     of its pages in each of the others, and prints `walk: done ms=TIME wrong=PAGES`.\n\
     `cargo xtask lab` makes such an initrd. As long as one walker waits, the guest\n\
-    computes. Rounds are interleaved, and each number is the median of its rounds;\n\
+    computes. Its vCPU has the last CPU for itself, and whoever brings pages the others.\n\
+    Rounds are interleaved, and each number is the median of its rounds;\n\
     ratios are of times, above 1 vmpager is faster.")]
 pub(crate) struct ApfArgs {
     /// The guest's kernel, with KVM_GUEST [default: a built-in guest].
