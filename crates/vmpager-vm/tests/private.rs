@@ -244,6 +244,46 @@ fn private_pages_that_were_never_written_cost_no_byte() {
     }
 }
 
+/// Pages that nobody has touched since they were restored are converted like any others:
+/// those that lost their contents do not get them from the snapshot any more, and those
+/// that keep them do.
+#[test]
+fn pages_converted_before_they_came_are_as_the_policy_says() {
+    for contents in [ConvertedContents::Zero, ConvertedContents::Preserve] {
+        let Some(mut vm) = build(PrivateBackend::InPlace, contents, 1) else { return };
+        vm.prepare().unwrap();
+        let dir = TempDir::new().unwrap();
+        let snapshot = vm.snapshot(&SnapshotPaths::in_dir(dir.path())).unwrap();
+        let first = MEMORY - vm.content_pages() * 4096;
+        let word = |vm: &Vm, gpa: u64| vm.memory().read_u64(usize::try_from(gpa).unwrap() + 8);
+        let saved: Vec<u64> = (first..MEMORY).step_by(4096).map(|gpa| word(&vm, gpa)).collect();
+        let zeroes = saved.iter().filter(|word| **word == 0).count();
+        assert!(zeroes < saved.len() / 2, "{zeroes} pages have nothing to lose");
+        for background_fill in [false, true] {
+            let neighbours = NeighbourPolicy::Off;
+            let lazily = InProcess { background_fill, neighbours, ..InProcess::default() };
+            let from = RestoreMemory::InProcess(lazily);
+            let restored = Vm::restore(&snapshot, from, Cpu::Kvm).unwrap();
+            let private = restored.private().unwrap();
+            let convert = |gpa, len, to| {
+                private.convert(&Request { gpa, len, to }, Cause::Host).unwrap();
+            };
+            // Of each 64 pages 32 become private, and 16 of these shared again.
+            let groups = || (first..MEMORY - (64 << 12)).step_by(64 << 12);
+            groups().for_each(|gpa| convert(gpa, 32 << 12, Kind::Private));
+            groups().for_each(|gpa| convert(gpa, 16 << 12, Kind::Shared));
+            let groups_end = first + groups().count() as u64 * (64 << 12);
+            for (gpa, saved) in (first..MEMORY).step_by(4096).zip(&saved) {
+                let was_converted = gpa < groups_end && (gpa - first) / 4096 % 64 < 32;
+                let is_lost = was_converted && contents == ConvertedContents::Zero;
+                let expected = if is_lost { 0 } else { *saved };
+                let how = format!("gpa {gpa:#x}, {contents:?}, fill {background_fill}");
+                assert_eq!(word(&restored, gpa), expected, "{how}");
+            }
+        }
+    }
+}
+
 /// Conversions go on while the VM is saved: each page comes back as it was before its
 /// conversion, or after it, kind and contents.
 #[test]

@@ -1,11 +1,16 @@
 //! Conversions by a back-end that fails on demand, from several threads.
 
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::{io, thread};
 
+use vmpager_sys::memfd;
+use vmpager_sys::memory::Mapping;
+
 use super::*;
+use crate::exit::GpaRange;
 
 /// Fails the steps it is told to, and sees to it that no two work on one page.
 #[derive(Debug, Default)]
@@ -223,4 +228,132 @@ fn while_conversions_are_held_none_goes_on() {
         }
     });
     assert_eq!(memory.stats().host, 300, "each goes on afterwards");
+}
+
+/// A back-end whose conversions end when they may.
+#[derive(Debug)]
+struct Paused {
+    has_begun: Barrier,
+    may_end: Barrier,
+}
+
+impl Backend for Arc<Paused> {
+    fn name(&self) -> &'static str {
+        "one that pauses"
+    }
+
+    fn places(&self) -> Places {
+        Places::One
+    }
+
+    fn close(&self, _: Range<u64>, _: Kind) -> io::Result<()> {
+        self.has_begun.wait();
+        self.may_end.wait();
+        Ok(())
+    }
+
+    fn discard(&self, _: Range<u64>, _: Kind) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn open(&self, _: Range<u64>, _: Kind) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reopen(&self, _: Range<u64>, _: Kind) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// As what it was or as what it becomes, an access finds the page converted when its
+/// vCPU enters again; and asks for nothing itself.
+#[test]
+fn a_fault_amid_a_conversion_waits_for_its_end() {
+    for intent in [Intent::Access, Intent::Attribute] {
+        for as_ in [Kind::Private, Kind::Shared] {
+            let paused = Paused { has_begun: Barrier::new(2), may_end: Barrier::new(2) };
+            let paused = Arc::new(paused);
+            let (backend, slots) = (Box::new(paused.clone()), [(0, 8 * PAGE_BYTES)]);
+            let memory = PrivateMemory::new(backend, slots, Kind::Shared, Contents::Zero, intent)
+                .expect("slots that make sense");
+            thread::scope(|scope| {
+                scope.spawn(|| memory.convert(&asked(2..6, Kind::Private), Cause::Host));
+                paused.has_begun.wait();
+                let fault = scope.spawn(|| {
+                    let after = memory.on_fault(5 * PAGE_BYTES, 1, as_).ok();
+                    (after, memory.kind(5 * PAGE_BYTES))
+                });
+                // It waits, or has come back too early.
+                while memory.stats().retried == 0 && !fault.is_finished() {
+                    thread::yield_now();
+                }
+                let elsewhere = memory.on_fault(6 * PAGE_BYTES, 1, Kind::Shared).ok();
+                let is_early = fault.is_finished();
+                paused.may_end.wait();
+                let found = fault.join().expect("no panic");
+                assert_eq!(found, (Some(AfterFault::Enter), Some(Kind::Private)), "{as_}");
+                assert!(!is_early, "a fault as {as_} did not wait");
+                assert_eq!(elsewhere, Some(AfterFault::Matches), "another page's");
+            });
+            assert_eq!((memory.stats().host, memory.stats().implicit), (1, 0));
+        }
+    }
+}
+
+/// A private page is in none of the host's views, and a shared one in all of them,
+/// wherever memslots have it.
+#[test]
+fn in_place_the_host_reaches_no_private_page() {
+    const PAGE: usize = 4096;
+    let new_file = || memfd::sealed("guest-memory", 8 * PAGE_BYTES).expect("a memfd");
+    let (file, zeroes) = (new_file(), new_file());
+    let map = || Arc::new(Mapping::file_shared(file.as_fd(), 8 * PAGE).expect("a mapping"));
+    let (vcpus, views) = (map(), [map(), map()]);
+    // The second one's memory comes first.
+    let slot = |gpa, offset| GpaRange {
+        gpa: gpa * PAGE_BYTES,
+        offset: offset * PAGE_BYTES,
+        len: 4 * PAGE_BYTES,
+    };
+    let slots = [slot(16, 4), slot(20, 0)];
+    // The kernel's writing to it, zeroes, is an error where a store would be a signal.
+    let reached = |view: &Mapping| -> Vec<usize> {
+        let is_reached = |page: &usize| {
+            view.read_from_file(zeroes.as_fd(), page * PAGE..(page + 1) * PAGE).is_ok()
+        };
+        (0..8).filter(is_reached).collect()
+    };
+    for contents in [Contents::Zero, Contents::Preserve] {
+        let backend = InPlace::new(vcpus.clone(), views.to_vec(), slots.to_vec());
+        let ranges = slots.map(|slot| (slot.gpa, slot.len));
+        let memory = PrivateMemory::new(
+            Box::new(backend),
+            ranges,
+            Kind::Shared,
+            contents,
+            Intent::Attribute,
+        );
+        let memory = memory.expect("slots that make sense");
+        let write = |word: u64| (0..8).for_each(|page| vcpus.write_u64(page * PAGE, word));
+        let words = || [0, 1, 2, 3, 4, 5, 6, 7].map(|page| vcpus.read_u64(page * PAGE));
+        let convert = |pages, to| memory.convert(&asked(pages, to), Cause::Host).expect("it can");
+        let lost = |word| if contents == Contents::Zero { 0 } else { word };
+
+        assert!(views.iter().all(|view| reached(view).len() == 8));
+        write(7);
+        convert(18..22, Kind::Private);
+        assert_eq!(words(), [lost(7), lost(7), 7, 7, 7, 7, lost(7), lost(7)]);
+        for view in &views {
+            assert_eq!(reached(view), [2, 3, 4, 5], "{contents:?}");
+        }
+        write(9);
+        convert(16..20, Kind::Shared);
+        assert_eq!(words(), [9, 9, 9, 9, 9, 9, lost(9), lost(9)]);
+        for view in &views {
+            assert_eq!(reached(view), [2, 3, 4, 5, 6, 7], "{contents:?}");
+        }
+        write(5);
+        convert(20..22, Kind::Shared);
+        assert_eq!(words(), [lost(5), lost(5), 5, 5, 5, 5, 5, 5]);
+    }
 }
