@@ -324,6 +324,17 @@ impl Mapping {
         self.advise(range, Advice::LinuxRemove)
     }
 
+    /// Has the kernel take pages out of memory, as it does where that is short
+    /// (`MADV_PAGEOUT`): what they hold stays. It takes those that nobody else maps,
+    /// and of them as many as it likes.
+    ///
+    /// # Errors
+    ///
+    /// If the range is not page-aligned.
+    pub fn page_out(&self, range: Range<usize>) -> io::Result<()> {
+        self.advise(range, Advice::LinuxPageOut)
+    }
+
     /// Brings pages in for writing (`MADV_POPULATE_WRITE`).
     ///
     /// # Errors

@@ -5,13 +5,15 @@
 #[macro_use]
 mod common;
 
+use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::clean_vm::{CleanVm, have_minor_faults};
+use common::clean_vm::{CleanVm, have_minor_faults, numbered as source};
 use common::daemon::Running;
 use common::peer::{Dialect, Memory};
 use common::{PAGE, faulty};
@@ -23,13 +25,6 @@ use vmpager_sys::memory::Mapping;
 use vmpager_sys::peer::send_with_fds;
 
 const PAGES: usize = 2048;
-
-/// What a page of a numbered source holds.
-fn source(page: usize) -> [u8; PAGE] {
-    let words = (page * PAGE..(page + 1) * PAGE).step_by(8);
-    let bytes: Vec<u8> = words.flat_map(|offset| (offset as u64 + 1).to_le_bytes()).collect();
-    bytes.try_into().unwrap()
-}
 
 fn start(source: &Arc<FaultySource>, fill: bool) -> (Running, Arc<CleanPages>) {
     let source: Arc<dyn PageSource> = source.clone();
@@ -133,6 +128,45 @@ fn a_page_is_read_once_however_many_vms_want_it() {
     memory.hand_over(&socket, Dialect::V1_12);
     memory.assert_is_source();
     assert_eq!(of_all.all_fetches(), vec![1; PAGES]);
+}
+
+/// Pages of a mapping that are in the page tables of this process.
+fn mapped(memory: &Mapping) -> usize {
+    let mut entries = vec![0; PAGES * 8];
+    let file = File::open("/proc/self/pagemap").unwrap();
+    file.read_exact_at(&mut entries, memory.hva() / PAGE as u64 * 8).unwrap();
+    entries.chunks(8).filter(|entry| entry[7] >> 7 == 1).count()
+}
+
+/// The kernel takes pages out of a VM's mapping, and tells nobody: they come again, what
+/// was written stays, and what was given back is zero.
+#[test]
+fn pages_that_the_kernel_takes_out_come_again() {
+    begin!();
+    if !have_minor_faults() {
+        return;
+    }
+    for fill in [false, true] {
+        let (daemon, _) = start(&faulty(PAGES), fill);
+        let mut vm = CleanVm::connect(&daemon.socket, 11);
+        let mut taken = 0;
+        for _ in 0..4 {
+            (0..1000).for_each(|_| vm.step(10, source));
+            vm.check_all(source);
+            let before = mapped(&vm.memory);
+            vm.memory.page_out(0..PAGES * PAGE).unwrap();
+            taken += before.saturating_sub(mapped(&vm.memory));
+        }
+        vm.check_all(source);
+        (0..1000).for_each(|_| vm.step(10, source));
+        vm.check_all(source);
+        if taken < 100 {
+            vmpager_testing::skipped("MADV_PAGEOUT takes nothing out");
+            return;
+        }
+        let ended = daemon.stop();
+        assert!(ended[0].faults_confirmed >= taken as u64 / 2, "{taken} of {:?}", ended[0]);
+    }
 }
 
 /// A VM cannot write through what it was given; and the zeroes that it makes by looking

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::child::{self, TestChild};
+use common::clean_vm::{CleanVm, numbered};
 use common::kept::{Kept, Plan, run_if_worker};
 use common::peer::{Dialect, Memory, PeerPlan};
 use common::{Holds, PAGE, Random, page, watchdog};
@@ -80,6 +81,8 @@ struct Vm {
     dialect: usize,
     seed: u64,
     ms: u64,
+    /// Its memory is a mapping of the daemon's clean pages.
+    clean: bool,
 }
 
 const VM: &str = "vm ";
@@ -92,6 +95,9 @@ impl Vm {
     /// Hands over memory, touches it, gives it back and writes to it for a while,
     /// then looks at all of it. Returns the longest that a page took.
     fn run(&self) -> Duration {
+        if self.clean {
+            return self.run_sharing();
+        }
         let memory = Memory::new(&[self.pages], PAGE);
         let socket = UnixStream::connect(&self.socket).unwrap();
         let dialect = Dialect::ALL[self.dialect % Dialect::ALL.len()];
@@ -122,6 +128,22 @@ impl Vm {
     }
 }
 
+impl Vm {
+    /// The same, of clean pages, by one thread.
+    fn run_sharing(&self) -> Duration {
+        let mut vm = CleanVm::connect(&self.socket, self.seed * 0x9e37_79b9);
+        let until = Instant::now() + Duration::from_millis(self.ms);
+        let mut longest = Duration::ZERO;
+        while Instant::now() < until {
+            let since = Instant::now();
+            vm.step(10, numbered);
+            longest = longest.max(since.elapsed());
+        }
+        vm.check_all(numbered);
+        longest
+    }
+}
+
 /// Runs the VM this process was started as, if it was; then returns true.
 fn run_if_vm() -> bool {
     let Some(task) = child::task() else { return false };
@@ -141,7 +163,8 @@ fn under_fire(test: &str, plan: &Plan, kills: usize) {
     let (mut rounds, mut longest) = (0, 0);
     while kept.kills() < kills {
         let (socket, pages) = (kept.socket.clone(), plan.pages);
-        let vm = Vm { socket, pages, dialect: rounds, seed: rounds as u64, ms: 400 };
+        let (dialect, seed) = (rounds, rounds as u64);
+        let vm = Vm { socket, pages, dialect, seed, ms: 400, clean: false };
         let mut child = vm.spawn(test);
         // Where there is much else to do, most workers die before they serve anybody.
         let said = child.hear_within(Duration::from_secs(150)).expect("the VM has ended");
@@ -216,6 +239,7 @@ fn daemons_that_replace_each_other_lose_nothing() {
             dialect: rounds,
             seed: rounds as u64,
             ms: 1000,
+            clean: false,
         };
         let mut child = vm.spawn(this_test!());
         let problem = kept.cannot_be_replaced(this_test!(), &other);
@@ -236,7 +260,7 @@ fn daemons_that_replace_each_other_lose_nothing() {
 
 /// Every place where state changes.
 #[cfg(feature = "kill-points")]
-const POINTS: [&str; 16] = [
+const POINTS: [&str; 17] = [
     "welcomed",
     "offered",
     "kept",
@@ -253,7 +277,11 @@ const POINTS: [&str; 16] = [
     "taken over",
     "detaching",
     "ended",
+    CLEAN,
 ];
+/// That one is reached where VMs share pages.
+#[cfg(feature = "kill-points")]
+const CLEAN: &str = "clean written";
 
 #[cfg(feature = "kill-points")]
 #[test]
@@ -263,16 +291,24 @@ fn workers_killed_at_every_state_change_lose_nothing() {
     }
     let _dog = watchdog(this_test!(), Duration::from_secs(300));
     let mut reached = Vec::new();
-    for point in POINTS {
+    let can_share = common::clean_vm::have_minor_faults();
+    let points: Vec<_> = POINTS.into_iter().filter(|point| can_share || *point != CLEAN).collect();
+    for &point in &points {
         for (fill, first, slow_us) in
             [(false, 1, None), (true, 1, None), (false, 6, Some(100)), (true, 9, Some(100))]
         {
-            let point_and_first = Some((point.to_owned(), first));
-            let plan =
-                Plan { pages: 513, fill, slow_us, point: point_and_first, ..Plan::default() };
+            let (clean, point_and_first) = (point == CLEAN, Some((point.to_owned(), first)));
+            let plan = Plan {
+                pages: 513,
+                fill,
+                slow_us,
+                point: point_and_first,
+                clean,
+                ..Plan::default()
+            };
             let kept = Kept::start(this_test!(), &plan);
             let (socket, seed) = (kept.socket.clone(), u64::from(first));
-            let vm = Vm { socket, pages: 513, dialect: 4, seed, ms: 60 };
+            let vm = Vm { socket, pages: 513, dialect: 4, seed, ms: 60, clean };
             let mut child = vm.spawn(this_test!());
             let longest = child.hear();
             assert!(child.wait().success(), "{point}");
@@ -287,6 +323,6 @@ fn workers_killed_at_every_state_change_lose_nothing() {
         }
     }
     // That needs a page given back, whose event is not read yet, to be touched.
-    let missed: Vec<_> = POINTS.iter().filter(|point| !reached.contains(point)).collect();
+    let missed: Vec<_> = points.iter().filter(|point| !reached.contains(point)).collect();
     assert!(missed.iter().all(|point| **point == "zero put"), "never reached: {missed:?}");
 }

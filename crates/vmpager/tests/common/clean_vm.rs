@@ -25,6 +25,13 @@ pub(crate) fn have_minor_faults() -> bool {
     }
 }
 
+/// What a page of a numbered source holds.
+pub(crate) fn numbered(page: usize) -> [u8; PAGE] {
+    let words = (page * PAGE..(page + 1) * PAGE).step_by(8);
+    let bytes: Vec<u8> = words.flat_map(|offset| (offset as u64 + 1).to_le_bytes()).collect();
+    bytes.try_into().unwrap()
+}
+
 /// What a page must hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Must {

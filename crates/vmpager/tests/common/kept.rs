@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
+use vmpager::clean::CleanPages;
 use vmpager::core::ByteRange;
 use vmpager::{Daemon, DaemonConfig, Keeper, KeeperConfig, KeeperEnd, KeeperError, KeeperLink};
 use vmpager_sys::peer::send_with_fds;
@@ -39,6 +40,8 @@ pub(crate) struct Plan {
     pub(crate) other_layout: bool,
     /// Other processes may take part.
     pub(crate) attach: bool,
+    /// VMs may share the pages they have not written to.
+    pub(crate) clean: bool,
 }
 
 /// A keeper that runs.
@@ -130,6 +133,9 @@ fn run_keeper(test: &str, plan: &Plan, dir: &Path, replace: bool) -> (UnixStream
     config.first_pause = Duration::from_millis(1);
     config.max_pause = Duration::from_millis(1);
     config.replace = replace;
+    if plan.clean {
+        config.hold_clean_pages().unwrap();
+    }
     let keeper = Keeper::new(config).unwrap();
     let stopper = keeper.stopper().unwrap();
     (stopper, std::thread::spawn(|| keeper.run()))
@@ -185,7 +191,11 @@ pub(crate) fn run_if_worker() -> bool {
     if plan.hold_last {
         source.hold(ByteRange::new(((plan.pages - 1) * 4096) as u64, 4096));
     }
-    let mut config = DaemonConfig::new("", source as Arc<_>);
+    let mut link = KeeperLink::meet(channel).unwrap();
+    let mut config = DaemonConfig::new("", source.clone() as Arc<_>);
+    config.clean = plan
+        .clean
+        .then(|| Arc::new(CleanPages::open(link.clean_pages().unwrap(), &*source).unwrap()));
     config.options.background_fill = plan.fill;
     config.attach = plan.attach.then(|| dir.join(DOORS));
     config.workers = 2;
@@ -193,7 +203,7 @@ pub(crate) fn run_if_worker() -> bool {
     config.stop_timeout = Duration::from_millis(100);
     // As `vmpager serve` does.
     vmpager::sandbox::filter_calls().unwrap();
-    let daemon = Daemon::kept(config, KeeperLink::meet(channel).unwrap()).unwrap();
+    let daemon = Daemon::kept(config, link).unwrap();
     daemon.run(&mut |_| {}).unwrap();
     true
 }
