@@ -7,7 +7,8 @@ use std::sync::atomic::AtomicU64;
 
 use vmpager_core::page_map::words_for;
 use vmpager_core::prefetch::NeighbourPolicy;
-use vmpager_core::{ByteRange, Engine, FaultPlan, Hva, PageSize, Slot, SlotSet};
+use vmpager_core::prefetch::limits::{CHUNK, Look};
+use vmpager_core::{ByteRange, Engine, FaultPlan, Hva, PageRun, PageSize, Slot, SlotSet};
 
 const HVA: u64 = 0x7f00_0000_0000;
 /// Pages in 2 MiB.
@@ -43,17 +44,37 @@ impl Guest {
         self.engine.map().pages()
     }
 
-    fn touch(&mut self, page: u64) {
+    /// Brings a page that nobody waits for.
+    fn bring(&mut self, page: u64) {
+        assert_eq!(self.engine.map().claim_up(page, 1), 1);
+        self.install(PageRun::new(page, 1));
+    }
+
+    fn install(&mut self, run: PageRun) {
+        let brought = run.pages().any(|page| self.engine.map().is_present(page));
+        assert!(!brought, "of {run:?} some is there already");
+        self.engine.installed(run);
+    }
+
+    /// Touches a page; what comes along with it is installed at once. Whether it was
+    /// missing.
+    fn touch_only(&mut self, page: u64) -> bool {
         if self.engine.map().is_present(page) {
-            return;
+            return false;
         }
         self.faults += 1;
         match self.engine.fault(Hva(HVA + page * 4096)).unwrap() {
-            FaultPlan::Fetch { run, .. } | FaultPlan::Zero(run) => self.engine.installed(run),
+            FaultPlan::Fetch { run, .. } | FaultPlan::Zero(run) => self.install(run),
             plan => panic!("{plan:?} of page {page}"),
         }
+        true
+    }
+
+    /// The same, and all that shall have its turn.
+    fn touch(&mut self, page: u64) {
+        self.touch_only(page);
         while let Some(near) = self.engine.next_neighbours(64) {
-            self.engine.installed(near.piece.run());
+            self.install(near.piece.run());
         }
     }
 }
@@ -110,6 +131,42 @@ fn memory_grows_with_the_faults_of_its_2_mib_alone() {
         }
     }
     assert!(touches.iter().any(|&faults| faults > 5), "{touches:?}");
+}
+
+/// Pages that lie about, brought for some other reason, cut the windows in pieces.
+/// A pager that looks for faults after so many pages, and not after each piece, has as
+/// few of them as where nothing lies about, and brings no page twice.
+#[test]
+fn windows_that_are_cut_are_complete_as_soon_as_others() {
+    let faults = |scattered: usize, pieces_at_a_time: usize| {
+        let mut guest = Guest::new(50);
+        let others = shuffled(guest.pages(), 11).into_iter().take(scattered);
+        others.for_each(|page| guest.bring(page));
+        for page in shuffled(guest.pages(), 7).into_iter().take(8000) {
+            if !guest.touch_only(page) {
+                continue;
+            }
+            // Then it comes to the next page that is missing.
+            let mut look = Look::of(CHUNK);
+            for _ in 0..pieces_at_a_time {
+                if look.left() == 0 {
+                    break;
+                }
+                let Some(near) = guest.engine.next_neighbours(look.left()) else { break };
+                look.brought(near.piece.run());
+                assert!(near.piece.run().count <= CHUNK);
+                guest.install(near.piece.run());
+            }
+        }
+        guest.faults
+    };
+    let (one, all) = (1, usize::MAX);
+    let none = faults(0, all);
+    assert!(none <= faults(0, one), "{none}");
+    // A wrong profile's, that was given up soon.
+    assert!(faults(337, one) * 10 > none * 12, "{} faults", faults(337, one));
+    assert!(faults(337, all) * 10 < none * 11, "{} faults", faults(337, all));
+    assert!(faults(700, all) * 10 < none * 12, "{} faults", faults(700, all));
 }
 
 /// What the guest gave back is not brought in again for its neighbours' sake.

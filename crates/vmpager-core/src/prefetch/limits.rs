@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::addr::PageRun;
+
 /// The most pages read from storage for a demanded one: 256 KiB take little
 /// longer than one page, 2 MiB ten times as long.
 pub const COLD_WINDOW: u64 = 64;
@@ -24,3 +26,34 @@ pub const LONG: Duration = Duration::from_micros(700);
 
 /// The most base pages installed between two looks at the clock.
 pub const CHUNK: u64 = 64;
+
+/// What may be brought between two looks for faults.
+///
+/// Each run costs a call beside its pages, which counts as one page more.
+#[derive(Debug)]
+pub struct Look {
+    most: u64,
+    left: u64,
+}
+
+impl Look {
+    /// So many pages, if they are one run.
+    pub fn of(pages: u64) -> Self {
+        Self { most: pages, left: pages }
+    }
+
+    /// How many pages are left.
+    pub fn left(&self) -> u64 {
+        self.left
+    }
+
+    /// Whether nothing has been brought.
+    pub fn is_empty(&self) -> bool {
+        self.left == self.most
+    }
+
+    /// A run is brought.
+    pub fn brought(&mut self, run: PageRun) {
+        self.left = self.left.saturating_sub(run.count + 1);
+    }
+}

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
-use vmpager_core::prefetch::limits::{CHUNK, COLD_PIECE, LONG};
+use vmpager_core::prefetch::limits::{CHUNK, COLD_PIECE, LONG, Look};
 use vmpager_core::{FillPlan, Nearby, PageData, PageRun, PageSize, Piece, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
@@ -187,18 +187,25 @@ impl Served {
     /// Brings in some of the pages near those that somebody waited for. Those
     /// that are not at hand are read if a stream of faults leads to them, else they
     /// are not worth it, and left. False if there are none.
+    ///
+    /// How many is a matter of pages, not of runs: what is in place already cuts the
+    /// windows in pieces, and a run at a time they would be complete so much later.
     pub(crate) fn bring_neighbours(&mut self, reads: &mut Reads) -> Result<bool, Lost> {
         let started = Instant::now();
-        if self.retry.at.is_some() || !self.may_take(started) {
-            return Ok(false);
-        }
-        let most = self.chunk.pages_of(PageSize::Size4K.shift());
-        match self.engine.next_neighbours(most) {
-            None => return Ok(false),
-            Some(Nearby { piece: Piece::Zero(run), .. }) => self.fill_zeroes(run, reads)?,
-            Some(Nearby { piece: Piece::Fetch(run), expected }) => {
-                self.fetch_neighbours(run, expected, reads)?;
+        let mut look = Look::of(self.chunk.pages_of(PageSize::Size4K.shift()));
+        while look.left() > 0
+            && self.retry.at.is_none()
+            && self.may_take(started)
+            && let Some(Nearby { piece, expected }) = self.engine.next_neighbours(look.left())
+        {
+            look.brought(piece.run());
+            match piece {
+                Piece::Zero(run) => self.fill_zeroes(run, reads)?,
+                Piece::Fetch(run) => self.fetch_neighbours(run, expected, reads)?,
             }
+        }
+        if look.is_empty() {
+            return Ok(false);
         }
         self.chunk.took(started.elapsed());
         Ok(true)

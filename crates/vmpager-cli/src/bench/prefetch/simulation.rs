@@ -12,7 +12,7 @@ use vmpager::NeighbourPolicy;
 use vmpager::core::page_map::words_for;
 use vmpager::core::prefetch::Prefetch;
 use vmpager::core::prefetch::limits::{
-    CHUNK, COLD_PIECE, COLD_WINDOW, FILL_DEPTH, LONG, PREFETCH_DEPTH,
+    CHUNK, COLD_PIECE, COLD_WINDOW, FILL_DEPTH, LONG, Look, PREFETCH_DEPTH,
 };
 use vmpager::core::{
     ByteRange, Engine, FaultPlan, FillPlan, Hva, PageRun, PageSize, Piece, Slot, SlotSet,
@@ -164,16 +164,21 @@ impl Simulation {
     }
 
     fn bring_near(&mut self) -> bool {
-        let Some(near) = self.engine.next_neighbours(CHUNK) else { return false };
-        let run = near.piece.run();
-        if self.costs.latency == 0 {
-            self.install(run, None);
-        } else if near.expected && self.may_prefetch() {
-            self.submit(run, false, None);
-        } else {
-            self.engine.released(run);
+        let mut look = Look::of(CHUNK);
+        while look.left() > 0
+            && let Some(near) = self.engine.next_neighbours(look.left())
+        {
+            let run = near.piece.run();
+            look.brought(run);
+            if self.costs.latency == 0 {
+                self.install(run, None);
+            } else if near.expected && self.may_prefetch() {
+                self.submit(run, false, None);
+            } else {
+                self.engine.released(run);
+            }
         }
-        true
+        !look.is_empty()
     }
 
     fn may_prefetch(&self) -> bool {
