@@ -2,11 +2,14 @@
 //! them.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use common::{Guest, Served, eventually};
 use serde_json::Value;
 use tempfile::TempDir;
 use vmpager_vm::{Filling, SnapshotPaths, Vm, VmConfig};
@@ -230,6 +233,60 @@ fn every_command_teaches_by_its_help() {
         assert!(output.status.success() && help.contains("Example"), "{command}: {help}");
         assert!(help.contains("--json"), "{command}");
     }
+}
+
+/// A profile that is half replayed when its worker is killed: the next one brings the
+/// rest, gives no memory to what was given back, and goes on learning.
+#[test]
+fn a_killed_workers_replay_and_learning_go_on() {
+    if !can_serve() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+    let (known, more) = (at("known"), at("more"));
+    let profile = |path: &str| {
+        let show = ["profile", "show", path, "--json"];
+        let output = Command::new(VMPAGER).args(show).output().unwrap();
+        serde_json::from_slice::<Value>(&output.stdout).unwrap_or_default()
+    };
+    let served = Served::start(&["--record", &known]);
+    let guest = Guest::connect(&served.path("pager.sock"));
+    guest.touch(0..200);
+    served.stop();
+    drop(guest);
+    assert_eq!(profile(&known)["pages"], 200);
+
+    // It takes some seconds.
+    let more_args = ["--profile", &known, "--record", &more, "--bandwidth", "128K"];
+    let served = Served::start(&more_args);
+    let session = || {
+        let page: Value = serde_json::from_str(&served.get("/sessions.json")).unwrap();
+        page["sessions"][0].clone()
+    };
+    let guest = Guest::connect(&served.path("pager.sock"));
+    eventually("a part of the profile", || session()["pages_profile"].as_u64() > Some(8));
+    guest.touch(240..244);
+    guest.give_back(150..160);
+    guest.touch_zero(150);
+    served.kill_worker();
+    eventually("the rest of it", || session()["profile_ms"].is_number());
+    let after = session();
+    let brought = number(&after["pages_profile"]);
+    assert!(brought > 0 && brought < 190 && after["profile_missed"] == 0, "{after}");
+    let zeroes = number(&after["pages_zero"]);
+    assert_eq!(zeroes, 0, "{zeroes} pages that were given back have memory: {after}");
+    // All of the profile is there; other pages are waited for, and learnt.
+    guest.touch(0..150);
+    guest.touch(160..240);
+    let faults = number(&session()["faults"]);
+    assert!((40..50).contains(&faults), "{faults} faults on 40 pages");
+    guest.touch(244..256);
+    served.stop();
+    drop(guest);
+    // What the killed worker had noted ended with it.
+    let learnt = profile(&more);
+    assert_eq!((&learnt["pages"], &learnt["sessions"]), (&52.into(), &1.into()), "{learnt}");
 }
 
 /// The way that `bench restore` goes with profiles and layers: each byte right.

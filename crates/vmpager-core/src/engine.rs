@@ -292,15 +292,26 @@ impl<W: Words> Engine<W> {
     /// Brings in these ranges of the source before others, in this order: what a
     /// profile says the guest will touch. Zero pages among them get memory.
     pub fn replay(&mut self, order: &[ByteRange]) {
-        let pages = &self.pages;
-        let runs = order.iter().flat_map(|range| pages.slots().runs_meeting_source(*range));
-        let runs: Vec<PageRun> = runs.collect();
+        let runs = self.runs_of(order);
         for run in &runs {
-            if let Some(zero) = pages.give_zeroes(*run) {
+            if let Some(zero) = self.pages.give_zeroes(*run) {
                 self.fill.again_from(zero);
             }
         }
-        self.replay = Some(Replay::new(runs, pages.map().pages()));
+        self.replay = Some(Replay::new(runs, self.pages.map().pages()));
+    }
+
+    /// The same, of an engine that goes on where another one was interrupted: what is in
+    /// place is not brought again, and the page map says which zero pages were to get
+    /// memory. Others that are absent may have been given back.
+    pub fn replay_rest(&mut self, order: &[ByteRange]) {
+        let runs = self.runs_of(order);
+        self.replay = Some(Replay::new(runs, self.pages.map().pages()));
+    }
+
+    fn runs_of(&self, order: &[ByteRange]) -> Vec<PageRun> {
+        let slots = self.pages.slots();
+        order.iter().flat_map(|range| slots.runs_meeting_source(*range)).collect()
     }
 
     /// The replay of a profile, if there is one.

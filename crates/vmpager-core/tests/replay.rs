@@ -2,6 +2,7 @@
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use vmpager_core::page_map::words_for;
@@ -95,6 +96,39 @@ fn what_was_given_back_is_not_brought() {
     engine.removed(Hva(HVA + 4 * 4096), Hva(HVA + 6 * 4096));
     let runs: Vec<_> = replayed(&mut engine).iter().map(Piece::run).collect();
     assert_eq!(runs, [PageRun::new(0, 4), PageRun::new(6, 4)]);
+}
+
+/// Who goes on where another was killed brings what is left, and gives no memory to
+/// what the guest gave back meanwhile.
+#[test]
+fn a_replay_goes_on_after_a_takeover() {
+    let slots = || SlotSet::new(&[slot(HVA, PAGES, 0, PageSize::Size4K)], 1 << 40).unwrap();
+    let words: Arc<[AtomicU64]> = (0..words_for(PAGES)).map(|_| AtomicU64::new(0)).collect();
+    let mut killed = Engine::new(slots(), words.clone(), NeighbourPolicy::Off);
+    killed.known_zero(bytes(1000, 2000));
+    let order = [bytes(0, 10), bytes(998, 4), bytes(20, 10)];
+    killed.replay(&order);
+    let Some(Piece::Fetch(run)) = killed.next_replayed(4) else { panic!("four pages") };
+    killed.installed(run);
+    // Claimed by then, and in place nowhere.
+    killed.next_replayed(2);
+    killed.removed(Hva(HVA + 2 * 4096), Hva(HVA + 3 * 4096));
+    killed.removed(Hva(HVA + 22 * 4096), Hva(HVA + 24 * 4096));
+    drop(killed);
+    let (slots, all) = (slots(), 0..words.len());
+    let mut next =
+        Engine::take_over(slots, words, std::slice::from_ref(&all), NeighbourPolicy::Off).unwrap();
+    next.replay_rest(&order);
+    let run = PageRun::new;
+    let mut left = Vec::new();
+    while let Some(piece) = next.next_replayed(1000) {
+        next.installed(piece.run());
+        left.push(piece);
+    }
+    let (fetched, zero) = (Piece::Fetch, Piece::Zero);
+    let runs = [run(4, 6), run(998, 2), run(20, 2), run(24, 6)].map(fetched);
+    assert_eq!(left, [runs[0], runs[1], zero(run(1000, 2)), runs[2], runs[3]]);
+    assert_eq!(next.map().count_present(), 3 + 6 + 4 + 2 + 6);
 }
 
 /// Base pages of the profile name the huge page they are in; what lies outside of

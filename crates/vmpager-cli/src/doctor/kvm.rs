@@ -293,8 +293,8 @@ const CAPABILITIES: &[Capability] = &[
         id: "kvm.pre_fault_memory",
         label: "PRE_FAULT_MEMORY",
         value: |kvm| yes(kvm.pre_fault_memory),
-        with: "not used yet: pages can be mapped for the guest before it touches them",
-        without: "not used yet: each page costs the guest one stage-2 fault on first touch",
+        with: "a page that a vCPU left the guest for is mapped before it goes on: --delivery exit",
+        without: "a page that a vCPU left the guest for costs it a second stage-2 fault",
         remedy: "use Linux 6.11 or later with nested paging",
     },
 ];

@@ -216,6 +216,18 @@ impl Guest {
         Self { memory, _socket: socket, _uffd: uffd }
     }
 
+    /// Gives pages back.
+    pub(crate) fn give_back(&self, pages: std::ops::Range<usize>) {
+        self.memory.discard(pages.start * PAGE..pages.end * PAGE).unwrap();
+    }
+
+    /// Touches a page that was given back.
+    pub(crate) fn touch_zero(&self, page: usize) {
+        let mut bytes = [1; PAGE];
+        self.memory.read(page * PAGE, &mut bytes);
+        assert_eq!(bytes, [0; PAGE], "page {page}");
+    }
+
     /// Touches pages, and checks what they hold.
     pub(crate) fn touch(&self, pages: std::ops::Range<usize>) {
         for page in pages {

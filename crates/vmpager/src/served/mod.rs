@@ -193,19 +193,19 @@ impl Served {
     ) -> Self {
         let mut engine = Engine::new(slots, state.map, options.neighbours);
         source.visit_zero_ranges(&mut |range| engine.known_zero(range));
+        if let Some(order) = &options.replay {
+            engine.replay(order);
+        }
         Self::over(id, uffd, engine, state.record, options)
     }
 
     fn over(
         id: MemoryId,
         uffd: Userfaultfd,
-        mut engine: Engine<SharedWords>,
+        engine: Engine<SharedWords>,
         record: Record,
         options: &ServeOptions,
     ) -> Self {
-        if let Some(order) = &options.replay {
-            engine.replay(order);
-        }
         Self {
             id,
             uffd: Arc::new(uffd),

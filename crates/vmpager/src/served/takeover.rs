@@ -42,7 +42,10 @@ impl Served {
     ) -> Result<Self, TakeoverError> {
         let slots = SlotSet::new(&state.record.slots()?, source.len())?;
         let written = state.map.written()?;
-        let engine = Engine::take_over(slots, state.map, &written, options.neighbours)?;
+        let mut engine = Engine::take_over(slots, state.map, &written, options.neighbours)?;
+        if let Some(order) = &options.replay {
+            engine.replay_rest(order);
+        }
         let mut served = Self::over(id, uffd, engine, state.record, options);
         served.apply_what_was_left()?;
         kill::point("taken over");
