@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod http;
+pub mod proxy;
 #[cfg(feature = "tls")]
 pub mod secure;
 

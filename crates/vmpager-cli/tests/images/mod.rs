@@ -126,6 +126,12 @@ pub(crate) fn wait_for(what: &str, is: impl Fn() -> bool) {
     }
 }
 
+/// A port that nobody has.
+pub(crate) fn free_port() -> u16 {
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    free.local_addr().unwrap().port()
+}
+
 /// nginx, serving a directory on loopback.
 pub(crate) struct Nginx {
     process: Child,
@@ -138,10 +144,7 @@ impl Nginx {
         let program = ["/usr/sbin/nginx", "/usr/bin/nginx", "/usr/local/sbin/nginx"]
             .into_iter()
             .find(|path| Path::new(path).exists())?;
-        let port = {
-            let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-            free.local_addr().unwrap().port()
-        };
+        let port = free_port();
         let home = dir.path("nginx");
         fs::create_dir_all(home.join("temp")).unwrap();
         let shown = home.display();

@@ -132,7 +132,8 @@ impl ImageOptions {
     }
 
     /// Opens an image and the layers below it. What begins with `http://`, or `https://`
-    /// (feature `tls`), is at a server.
+    /// (feature `tls`), is at a server; with `s3://`, `gs://` or `az://` (feature
+    /// `object-store`), in a store.
     ///
     /// # Errors
     ///

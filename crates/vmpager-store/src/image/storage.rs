@@ -63,7 +63,7 @@ impl Opened {
 
     /// What is at a URL.
     pub(crate) fn remote(url: ObjectUrl, options: &RemoteOptions) -> Result<Self, ImageError> {
-        let (path, place) = (url.shown().into(), Place::Url(url.uri().to_string()));
+        let (path, place) = (url.shown().into(), Place::Url(url.identity()));
         let source = Source::Remote(Box::new(IndexReader::open(url, options)?));
         Ok(Self { path, place, source })
     }

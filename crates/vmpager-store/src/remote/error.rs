@@ -44,6 +44,50 @@ pub enum Problem {
         /// Its answer.
         status: u16,
     },
+    /// A store is to be asked, and it cannot be said by whom.
+    #[error("there are no credentials for it ({what}); {remedy}")]
+    Credentials {
+        /// What was tried last, and what was wrong with it.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A store does not let whoever asks.
+    #[error("the store refuses access ({answer}); {remedy}")]
+    Denied {
+        /// Its answer.
+        answer: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A store has no such bucket, or container.
+    #[error(
+        "there is no such bucket ({answer}); see whether its name is right, and whether \
+         {endpoint} names the store that has it"
+    )]
+    NoBucket {
+        /// The store's answer.
+        answer: String,
+        /// What says which store it is.
+        endpoint: &'static str,
+    },
+    /// A store has the bucket elsewhere.
+    #[error("the bucket is in another region ({answer}); set AWS_REGION={region}")]
+    Elsewhere {
+        /// The store's answer.
+        answer: String,
+        /// Where it is.
+        region: String,
+    },
+    /// A store would be told who asks where others can listen.
+    #[error(
+        "the store would be asked over http://, where others can listen; set {variable}=true if \
+         that does not matter, or give it an https:// endpoint"
+    )]
+    Plain {
+        /// What says that it may be.
+        variable: &'static str,
+    },
     /// The server cannot show that it is who it should be.
     #[error(
         "the server's certificate is not good: {what}; if it should be, give the authority that \

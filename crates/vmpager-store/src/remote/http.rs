@@ -8,13 +8,16 @@ use ureq::http::header::{
     CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH,
     IF_UNMODIFIED_SINCE, LAST_MODIFIED, RANGE, RETRY_AFTER,
 };
+use ureq::http::{Response, Uri};
 use ureq::{Agent, BodyReader};
 
 use super::RemoteOptions;
 use super::error::Problem;
+#[cfg(feature = "object-store")]
+use super::store::Store;
 #[cfg(feature = "tls")]
 use super::tls;
-use super::url::ObjectUrl;
+use super::url::{At, ObjectUrl};
 
 /// Longest way to an object over redirects.
 const REDIRECTS: u32 = 4;
@@ -23,10 +26,12 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// Connections that are kept for the next request.
 const IDLE: usize = 16;
 
-/// Makes requests.
-#[derive(Clone, Debug)]
-pub(crate) struct Client {
-    agent: Agent,
+/// Makes requests for one object.
+#[derive(Debug)]
+pub(crate) enum Client {
+    Server(Agent, Uri),
+    #[cfg(feature = "object-store")]
+    Store(Store),
 }
 
 /// What tells that an object is the one it was, as far as its server says.
@@ -142,62 +147,89 @@ fn content_range(text: &str) -> Option<(Range<u64>, u64)> {
     (first <= last && last < len).then_some((first..last + 1, len))
 }
 
+/// What makes requests. The timeout is for each thing that is waited for: the answer's
+/// head, and each further piece of it.
+fn agent(options: &RemoteOptions, redirects: u32, is_secure: bool) -> Result<Agent, Problem> {
+    let timeout = options.timeout;
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(redirects)
+        // None are followed: it is an answer as any other.
+        .max_redirects_will_error(redirects > 0)
+        // From where nobody can listen or write, no way leads to where they can.
+        .https_only(is_secure)
+        // What the environment says is meant for other programs.
+        .proxy(None)
+        .user_agent(concat!("vmpager/", env!("CARGO_PKG_VERSION")))
+        // Parts of what is encoded on the way are parts of something else.
+        .accept_encoding("identity")
+        .max_idle_connections(IDLE)
+        .max_idle_connections_per_host(IDLE)
+        .timeout_resolve(Some(CONNECT.min(timeout)))
+        .timeout_connect(Some(CONNECT.min(timeout)))
+        .timeout_send_request(Some(timeout))
+        .timeout_recv_response(Some(timeout))
+        .timeout_per_read(Some(timeout));
+    #[cfg(feature = "tls")]
+    let config = config.tls_config(match tls::trusting(options.authorities.as_deref()) {
+        Ok(trusting) => trusting,
+        Err(problem) if is_secure || options.authorities.is_some() => return Err(problem),
+        // It may not be needed.
+        Err(_) => tls::trusting_nobody(),
+    });
+    Ok(config.build().into())
+}
+
 impl Client {
-    /// For requests to a server. The timeout is for each thing that is waited for: the
-    /// answer's head, and each further piece of it.
+    /// For requests for the object that is there.
     pub(crate) fn new(url: &ObjectUrl, options: &RemoteOptions) -> Result<Self, Problem> {
-        let timeout = options.timeout;
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(REDIRECTS)
-            // From where nobody can listen or write, no way leads to where they can.
-            .https_only(url.is_secure())
-            // What the environment says is meant for other programs.
-            .proxy(None)
-            .user_agent(concat!("vmpager/", env!("CARGO_PKG_VERSION")))
-            // Parts of what is encoded on the way are parts of something else.
-            .accept_encoding("identity")
-            .max_idle_connections(IDLE)
-            .max_idle_connections_per_host(IDLE)
-            .timeout_resolve(Some(CONNECT.min(timeout)))
-            .timeout_connect(Some(CONNECT.min(timeout)))
-            .timeout_send_request(Some(timeout))
-            .timeout_recv_response(Some(timeout))
-            .timeout_per_read(Some(timeout));
-        #[cfg(feature = "tls")]
-        let config = config.tls_config(match tls::trusting(options.authorities.as_deref()) {
-            Ok(trusting) => trusting,
-            Err(problem) if url.is_secure() => return Err(problem),
-            // Only a redirect can need it.
-            Err(_) => tls::trusting_nobody(),
-        });
-        Ok(Self { agent: config.build().into() })
+        match url.at() {
+            At::Server(uri) => {
+                let is_secure = uri.scheme_str() == Some("https");
+                Ok(Self::Server(agent(options, REDIRECTS, is_secure)?, uri.clone()))
+            }
+            #[cfg(feature = "object-store")]
+            At::Store(object) => Ok(Self::Store(Store::open(object, &agent(options, 0, false)?)?)),
+        }
     }
 
-    /// Asks for a part of an object, which is not empty.
+    /// Asks for a part, which is not empty.
     pub(crate) fn get(
         &self,
-        url: &ObjectUrl,
         part: &Range<u64>,
         known: Option<&Known>,
     ) -> Result<(Known, Body), Problem> {
-        let mut request = self
-            .agent
-            .get(url.uri())
-            .header(RANGE, format!("bytes={}-{}", part.start, part.end.saturating_sub(1)));
-        match known.map(|known| &known.validator) {
-            Some(Validator::Etag(etag)) => request = request.header(IF_MATCH, etag),
-            Some(Validator::Modified(time)) => request = request.header(IF_UNMODIFIED_SINCE, time),
-            Some(Validator::Weak(_) | Validator::None) | None => {}
-        }
-        let response = request.call().map_err(|error| failed(&error))?;
+        let response = match self {
+            Self::Server(agent, uri) => ask(agent, uri, part, known)?,
+            #[cfg(feature = "object-store")]
+            Self::Store(store) => store.get(part, known)?,
+        };
         let (head, body) = response.into_parts();
         let now = check(head.status.as_u16(), &head.headers, part, known)?;
         Ok((now, Body { reader: body.into_reader(), left: part.end - part.start }))
     }
 }
 
-fn failed(error: &ureq::Error) -> Problem {
+/// Asks a server for a part of an object, on condition that it is as it was known.
+fn ask(
+    agent: &Agent,
+    uri: &Uri,
+    part: &Range<u64>,
+    known: Option<&Known>,
+) -> Result<Response<ureq::Body>, Problem> {
+    let mut request = agent
+        .get(uri)
+        .header(RANGE, format!("bytes={}-{}", part.start, part.end.saturating_sub(1)));
+    match known.map(|known| &known.validator) {
+        Some(Validator::Etag(etag)) => request = request.header(IF_MATCH, etag),
+        Some(Validator::Modified(time)) => request = request.header(IF_UNMODIFIED_SINCE, time),
+        Some(Validator::Weak(_) | Validator::None) | None => {}
+    }
+    request.call().map_err(|error| failed(&error))
+}
+
+/// Why there is no answer.
+pub(super) fn failed(error: &ureq::Error) -> Problem {
     #[cfg(feature = "tls")]
     if let Some(problem) = tls::problem(error) {
         return problem;

@@ -12,6 +12,7 @@
 //! | `url`, `error` | where objects are, and what can be wrong with them |
 //! | `http` | one request, and what is believed of its answer |
 //! | `tls` | which servers are believed to be who they say they are |
+//! | `provider`, `store` | object stores: what they say; signed requests for what they have |
 //! | `object` | one object: that it is still the same, how its server is |
 //! | `pace` | when to ask again |
 //! | `index` | reading the index in few requests |
@@ -26,8 +27,12 @@ mod http;
 mod index;
 mod object;
 mod pace;
+#[cfg(feature = "object-store")]
+mod provider;
 mod queue;
 mod room;
+#[cfg(feature = "object-store")]
+mod store;
 #[cfg(feature = "tls")]
 mod tls;
 mod url;

@@ -149,7 +149,7 @@ impl Object {
 
     fn ask(&self, part: &Range<u64>, known: Option<&Known>) -> Result<(Known, Body), Problem> {
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        self.client.get(&self.url, part, known)
+        self.client.get(part, known)
     }
 
     /// Something says that the object is another one. If its index is what it was, so

@@ -7,6 +7,8 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use ureq::http::Uri;
 
 use super::error::{Problem, RemoteError};
+#[cfg(feature = "object-store")]
+use super::provider::StoreObject;
 
 /// What stays as it is in a path segment.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -15,8 +17,18 @@ const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'
 /// the object.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct ObjectUrl {
-    uri: Uri,
+    at: At,
     shown: String,
+}
+
+/// Where an object is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum At {
+    /// At a server.
+    Server(Uri),
+    /// In a store.
+    #[cfg(feature = "object-store")]
+    Store(StoreObject),
 }
 
 /// Whether this is meant as a URL: it begins with a scheme and `://`. A file of such
@@ -37,6 +49,9 @@ impl ObjectUrl {
             url: without_secrets(&text),
             problem: Problem::Url { why },
         };
+        if let Some(in_store) = in_store(&text) {
+            return in_store.map_err(refused);
+        }
         let uri: Uri = text.parse().map_err(|_| refused("it is no valid URL"))?;
         match uri.scheme_str() {
             Some("http") => {}
@@ -47,7 +62,9 @@ impl ObjectUrl {
                      machine speak it, and give that one's http:// URL",
                 ));
             }
-            _ => return Err(refused("only http:// and https:// are known")),
+            _ => {
+                return Err(refused("only http://, https://, s3://, gs:// and az:// are known"));
+            }
         }
         let authority = uri.authority().map(ureq::http::uri::Authority::as_str);
         match authority {
@@ -67,16 +84,26 @@ impl ObjectUrl {
         let query = if uri.query().is_some() { "?..." } else { "" };
         let authority = uri.authority().map_or("", ureq::http::uri::Authority::as_str);
         let shown = format!("{}://{authority}{}{query}", scheme_of(&uri), uri.path());
-        Self { uri, shown }
+        Self { at: At::Server(uri), shown }
     }
 
-    /// Whether its server must show who it is.
-    pub(crate) fn is_secure(&self) -> bool {
-        scheme_of(&self.uri) == "https"
+    #[cfg(feature = "object-store")]
+    fn in_store(object: StoreObject) -> Self {
+        let shown = object.to_string();
+        Self { at: At::Store(object), shown }
     }
 
-    pub(crate) fn uri(&self) -> &Uri {
-        &self.uri
+    pub(crate) fn at(&self) -> &At {
+        &self.at
+    }
+
+    /// What tells it from other objects: not for people.
+    pub(crate) fn identity(&self) -> String {
+        match &self.at {
+            At::Server(uri) => uri.to_string(),
+            #[cfg(feature = "object-store")]
+            At::Store(object) => object.to_string(),
+        }
     }
 
     /// What people may see of it.
@@ -86,12 +113,33 @@ impl ObjectUrl {
 
     /// The object of that name beside this one.
     pub(crate) fn beside(&self, name: &str) -> Option<Self> {
-        let authority = self.uri.authority()?.as_str();
-        let (directory, _) = self.uri.path().rsplit_once('/')?;
+        let uri = match &self.at {
+            At::Server(uri) => uri,
+            #[cfg(feature = "object-store")]
+            At::Store(object) => return Some(Self::in_store(object.beside(name))),
+        };
+        let authority = uri.authority()?.as_str();
+        let (directory, _) = uri.path().rsplit_once('/')?;
         let name = utf8_percent_encode(name, SEGMENT);
-        let scheme = scheme_of(&self.uri);
+        let scheme = scheme_of(uri);
         Some(Self::of(format!("{scheme}://{authority}{directory}/{name}").parse().ok()?))
     }
+}
+
+/// An object of a store, if this is the URL of one, or what is wrong with it. Keys are as
+/// they are: nothing of them is decoded, and there is no query.
+#[cfg(feature = "object-store")]
+fn in_store(text: &str) -> Option<Result<ObjectUrl, &'static str>> {
+    let object = StoreObject::parse(text)?;
+    Some(object.map(ObjectUrl::in_store))
+}
+
+#[cfg(not(feature = "object-store"))]
+fn in_store(text: &str) -> Option<Result<ObjectUrl, &'static str>> {
+    let is_one = ["s3://", "gs://", "az://"].iter().any(|scheme| text.starts_with(scheme));
+    is_one
+        .then_some(Err("this program was built without object stores: build it with `--features \
+                          object-store`, or give a signed https:// URL"))
 }
 
 fn scheme_of(uri: &Uri) -> &str {
@@ -121,6 +169,14 @@ mod tests {
         ObjectUrl::parse(Path::new(text)).map_err(|error| error.to_string())
     }
 
+    fn uri(url: &ObjectUrl) -> &Uri {
+        match url.at() {
+            At::Server(uri) => uri,
+            #[cfg(feature = "object-store")]
+            At::Store(object) => panic!("{object} is at no server"),
+        }
+    }
+
     #[test]
     fn urls_are_told_from_paths() {
         for url in ["http://h/x", "https://h/x", "s3://bucket/key", "HTTP://h/x"] {
@@ -136,29 +192,53 @@ mod tests {
         let url = parse("http://h:81/a/b%20c.vmimg?signature=secret").unwrap();
         assert_eq!(url.shown(), "http://h:81/a/b%20c.vmimg?...");
         assert_eq!(format!("{url:?}"), url.shown());
-        assert_eq!(url.uri().query(), Some("signature=secret"));
+        assert_eq!(uri(&url).query(), Some("signature=secret"));
     }
 
     #[test]
     fn neighbours_are_beside_and_nowhere_else() {
         let url = parse("http://h:81/a/b.vmimg?signature=secret").unwrap();
-        let beside = |name: &str| url.beside(name).unwrap().uri().to_string();
+        let beside = |name: &str| url.beside(name).unwrap().identity();
         assert_eq!(beside("base.vmimg"), "http://h:81/a/base.vmimg");
         assert_eq!(beside("b?s#e%2f é"), "http://h:81/a/b%3Fs%23e%252f%20%C3%A9");
-        assert_eq!(parse("http://h").unwrap().beside("x").unwrap().uri().to_string(), "http://h/x");
+        assert_eq!(parse("http://h").unwrap().beside("x").unwrap().identity(), "http://h/x");
     }
 
     #[test]
     fn secure_ones_stay_secure() {
         if cfg!(feature = "tls") {
             let url = parse("https://h/a/b.vmimg?signature=secret").unwrap();
-            assert!(url.is_secure() && url.beside("c").unwrap().is_secure());
+            assert_eq!(url.beside("c").unwrap().identity(), "https://h/a/c");
             assert_eq!(url.shown(), "https://h/a/b.vmimg?...");
         } else {
             let error = parse("https://h/x?key=secret").unwrap_err();
             assert!(error.contains("without TLS") && !error.contains("secret"), "{error}");
         }
-        assert!(!parse("http://h/x").unwrap().is_secure());
+    }
+
+    #[test]
+    #[cfg(feature = "object-store")]
+    fn keys_are_as_they_are() {
+        let url = parse("s3://bucket/a b/c%20d?e#f.vmimg").unwrap();
+        assert_eq!(url.shown(), "s3://bucket/a b/c%20d?e#f.vmimg");
+        assert_eq!(url.beside("g h").unwrap().shown(), "s3://bucket/a b/g h");
+        assert_eq!(parse("az://c/x").unwrap().beside("y").unwrap().shown(), "az://c/y");
+        let At::Store(object) = url.at() else { panic!("{url:?}") };
+        assert_eq!(
+            (object.bucket.as_str(), object.key.as_str()),
+            ("bucket", "a b/c%20d?e#f.vmimg")
+        );
+        for url in ["s3://", "gs://bucket", "az://container/", "s3:///key"] {
+            assert!(parse(url).unwrap_err().contains("bucket and a key"), "{url}");
+        }
+    }
+
+    #[test]
+    #[cfg(not(feature = "object-store"))]
+    fn stores_that_were_not_built_in_say_so() {
+        for url in ["s3://bucket/key", "gs://bucket/key", "az://container/key"] {
+            assert!(parse(url).unwrap_err().contains("--features object-store"), "{url}");
+        }
     }
 
     #[test]
