@@ -11,6 +11,7 @@ use rustix::system::{RebootCommand, finit_module, reboot};
 use rustix::termios::tcdrain;
 
 use crate::cases::Lab;
+use crate::held::Held;
 use crate::report::Report;
 use crate::{guest, runner};
 
@@ -79,6 +80,7 @@ fn host(command_line: &CommandLine) -> anyhow::Result<()> {
     if let Err(error) = load_modules() {
         report.text(&format!("{error:#}"));
     }
+    let _held = Held::make().inspect_err(|error| report.text(&format!("no VM is held: {error:#}")));
     runner::run(&lab, &names, &mut report)?;
     // What is still in the kernel's buffer would be lost with the machine.
     tcdrain(&line).with_context(|| format!("waiting for {REPORT} to be read"))?;

@@ -11,6 +11,7 @@
 //! | `runner` | tests in processes of their own, with limits |
 //! | `report` | the protocol to the outside |
 //! | `cpus` | where guests may run in the emulator |
+//! | `held` | VMs that keep the kernel from patching itself |
 //! | `cases` | the tests, and what they share |
 //! | `guest` | the load a guest runs, and how it checks itself |
 //! | `pages` | contents that tell what they ought to be |
@@ -19,6 +20,7 @@
 mod cases;
 mod cpus;
 mod guest;
+mod held;
 mod init;
 mod pages;
 mod report;
