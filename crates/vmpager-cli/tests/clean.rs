@@ -8,18 +8,17 @@
 mod clean_vm;
 mod common;
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use clean_vm::{CleanVm, Must, have_minor_faults};
-use common::{PAGE, VMPAGER, eventually, have_userfaultfd, kill};
-use rustix::process::Signal;
+use common::{PAGE, Served, VMPAGER, have_userfaultfd};
 use serde_json::Value;
 use tempfile::TempDir;
 use vmpager_store::image::{MemoryInput, PackOptions};
@@ -39,91 +38,29 @@ fn page(number: usize) -> [u8; PAGE] {
 }
 
 /// A daemon that shares the pages of an image.
-struct Daemon {
-    dir: TempDir,
-    child: Child,
+fn of_pages() -> Served {
+    let dir = TempDir::new().unwrap();
+    let bytes: Vec<u8> = (0..PAGES).flat_map(page).collect();
+    fs::write(dir.path().join("mem"), bytes).unwrap();
+    sharing(dir)
 }
 
-impl Daemon {
-    fn of_pages() -> Self {
-        let dir = TempDir::new().unwrap();
-        let bytes: Vec<u8> = (0..PAGES).flat_map(page).collect();
-        fs::write(dir.path().join("mem"), bytes).unwrap();
-        Self::start(dir, "mem")
-    }
-
-    /// Packs a memory file in the directory, and serves the image.
-    fn start(dir: TempDir, memory: &str) -> Self {
-        let input = MemoryInput::raw(dir.path().join(memory)).unwrap();
-        let go_on = &mut |_| ControlFlow::Continue(());
-        PackOptions::default().pack(&input, &dir.path().join("image"), go_on).unwrap();
-        let child = Self::spawn(&dir, &["--share-clean"]);
-        let daemon = Self { dir, child };
-        eventually("a socket", || daemon.socket().exists());
-        daemon
-    }
-
-    fn spawn(dir: &TempDir, more: &[&str]) -> Child {
-        let at = |name: &str| dir.path().join(name);
-        let log = fs::File::options().create(true).append(true).open(at("log")).unwrap();
-        Command::new(VMPAGER)
-            .args(["serve", "--json", "--socket"])
-            .arg(at("pager.sock"))
-            .arg("--image")
-            .arg(at("image"))
-            .args(more)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(log)
-            .spawn()
-            .unwrap()
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("pager.sock")
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("log")).unwrap()
-    }
-
-    fn replace(&mut self) {
-        let new = Self::spawn(&self.dir, &["--share-clean", "--replace"]);
-        let mut old = std::mem::replace(&mut self.child, new);
-        assert!(old.wait().unwrap().success(), "{}", self.log());
-    }
-
-    fn kill_worker(&self) {
-        let pid = self.child.id();
-        let worker = || {
-            let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-            text.split_whitespace().next().map(|pid| pid.parse::<u32>().unwrap())
-        };
-        eventually("a worker", || worker().is_some());
-        let first = worker().unwrap();
-        kill(first, Signal::KILL);
-        eventually("another worker", || worker().is_some_and(|next| next != first));
-    }
-
-    /// Stops it; returns what it printed.
-    fn stop(mut self) -> Value {
-        kill(self.child.id(), Signal::TERM);
-        let report = serde_json::from_reader(self.child.stdout.take().unwrap()).unwrap();
-        assert!(self.child.wait().unwrap().success(), "{}", self.log());
-        report
-    }
+/// Packs the memory file in the directory, and shares the pages of the image.
+fn sharing(dir: TempDir) -> Served {
+    let input = MemoryInput::raw(dir.path().join("mem")).unwrap();
+    let go_on = &mut |_| ControlFlow::Continue(());
+    PackOptions::default().pack(&input, &dir.path().join("image"), go_on).unwrap();
+    let what = [image(&dir), vec!["--share-clean".into()]].concat();
+    Served::serving(dir, what, &[])
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("{}", self.log());
-        }
-        if let Ok(None) = self.child.try_wait() {
-            kill(self.child.id(), Signal::TERM);
-            let _ = self.child.wait();
-        }
-    }
+fn image(dir: &TempDir) -> Vec<OsString> {
+    vec!["--image".into(), dir.path().join("image").into()]
+}
+
+/// Stops it; returns what it printed.
+fn report_of(daemon: Served) -> Value {
+    serde_json::from_slice(&daemon.stop().stdout).unwrap()
 }
 
 /// One test at a time: a daemon that ends looks whether the process of its VM, which is
@@ -143,7 +80,7 @@ fn workers_die_and_daemons_are_replaced_under_vms_that_share_pages() {
     if !have_userfaultfd() || !have_minor_faults() {
         return;
     }
-    let mut daemon = Daemon::of_pages();
+    let mut daemon = of_pages();
     let (done, socket) = (AtomicBool::new(false), daemon.socket());
     std::thread::scope(|scope| {
         for seed in 1..5 {
@@ -164,12 +101,11 @@ fn workers_die_and_daemons_are_replaced_under_vms_that_share_pages() {
         }
         done.store(true, Ordering::Relaxed);
     });
-    let other = Daemon::spawn(&daemon.dir, &["--replace"]).wait_with_output().unwrap();
-    assert_eq!(other.status.code(), Some(1));
+    daemon.refuse(&image(&daemon.dir));
     assert!(daemon.log().contains("Give --share-clean"), "{}", daemon.log());
     // Whoever comes now finds what was decoded, and all else.
     CleanVm::connect(&daemon.socket(), 99).check_all(page);
-    let report = daemon.stop();
+    let report = report_of(daemon);
     // All but those that are zero, which lie nowhere.
     let zero = (0..PAGES).filter(|number| number % 7 == 3).count();
     assert_eq!(report["clean_pages"], PAGES - zero, "{report:#}");
@@ -184,7 +120,7 @@ fn a_daemon_that_ends_leaves_no_byte_that_is_not_the_vms() {
     if !have_userfaultfd() || !have_minor_faults() {
         return;
     }
-    let daemon = Daemon::of_pages();
+    let daemon = of_pages();
     let mut vm = CleanVm::connect(&daemon.socket(), 1);
     (0..512).for_each(|number| vm.check(number, page(number)));
     vm.memory.write_u64(PAGE, 7);
@@ -233,7 +169,7 @@ fn guests_share_the_memory_of_one_image() {
         drop(vm);
         let bytes = fs::read(&paths.memory).unwrap();
         let pages = bytes.chunks(PAGE).filter(|page| page.iter().any(|byte| *byte != 0)).count();
-        let daemon = Daemon::start(dir, "mem");
+        let daemon = sharing(dir);
         std::thread::scope(|scope| {
             for seed in 1..=4 {
                 let (paths, socket) = (&paths, daemon.socket());
@@ -251,7 +187,7 @@ fn guests_share_the_memory_of_one_image() {
                 });
             }
         });
-        let report = daemon.stop();
+        let report = report_of(daemon);
         assert_eq!(report["clean_pages"], pages, "{cpu:?}: {report:#}");
     }
 }

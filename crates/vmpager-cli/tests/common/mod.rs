@@ -2,12 +2,13 @@
 //! whose memory is this process's.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -43,33 +44,42 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// A daemon that serves a file of so many pages, and shows its numbers.
+/// A daemon.
 pub(crate) struct Served {
     pub(crate) dir: TempDir,
     pub(crate) child: Child,
+    /// What it serves, and how.
+    what: Vec<OsString>,
 }
 
 impl Served {
+    /// One that serves a file of so many pages, and shows its numbers.
     pub(crate) fn start(more: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
+        let at = |name: &str| dir.path().join(name);
         let bytes: Vec<u8> = (0..PAGES).flat_map(|page| vec![first_byte(page); PAGE]).collect();
-        fs::write(dir.path().join("memory"), bytes).unwrap();
-        let child = Self::spawn(&dir, more);
-        let served = Self { dir, child };
-        eventually("a socket", || served.path("pager.sock").exists());
+        fs::write(at("memory"), bytes).unwrap();
+        let mut what: Vec<OsString> = ["--prefetch", "off", "--metrics"].map(OsString::from).into();
+        what.push(format!("unix:{}", at("metrics.sock").display()).into());
+        what.extend(["--memory".into(), at("memory").into()]);
+        Self::serving(dir, what, more)
+    }
+
+    /// One that serves what these options say.
+    pub(crate) fn serving(dir: TempDir, what: Vec<OsString>, more: &[&str]) -> Self {
+        let child = Self::spawn(&dir, &what, more);
+        let served = Self { dir, child, what };
+        eventually("a socket", || served.socket().exists());
         served
     }
 
-    fn spawn(dir: &TempDir, more: &[&str]) -> Child {
+    fn spawn(dir: &TempDir, what: &[OsString], more: &[&str]) -> Child {
         let at = |name: &str| dir.path().join(name);
         let log = fs::File::options().create(true).append(true).open(at("log")).unwrap();
         Command::new(VMPAGER)
-            .args(["serve", "--prefetch", "off", "--json", "--metrics"])
-            .arg(format!("unix:{}", at("metrics.sock").display()))
-            .arg("--socket")
+            .args(["serve", "--json", "--socket"])
             .arg(at("pager.sock"))
-            .arg("--memory")
-            .arg(at("memory"))
+            .args(what)
             .args(more)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -80,12 +90,22 @@ impl Served {
 
     /// Has another daemon take its place.
     pub(crate) fn replace(&mut self) {
-        let new = Self::spawn(&self.dir, &["--replace"]);
+        let new = Self::spawn(&self.dir, &self.what, &["--replace"]);
         let mut old = std::mem::replace(&mut self.child, new);
         assert!(old.wait().unwrap().success(), "{}", self.log());
     }
 
-    pub(crate) fn path(&self, name: &str) -> std::path::PathBuf {
+    /// Has another daemon, that serves this, try to take its place, which fails.
+    pub(crate) fn refuse(&self, what: &[OsString]) {
+        let other = Self::spawn(&self.dir, what, &["--replace"]).wait_with_output().unwrap();
+        assert_eq!(other.status.code(), Some(1), "{}", self.log());
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path("pager.sock")
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -106,6 +126,7 @@ impl Served {
 
     /// Kills the worker process, and waits for the next one.
     pub(crate) fn kill_worker(&self) {
+        eventually("a worker", || self.worker().is_some());
         let first = self.worker().unwrap();
         kill(first, Signal::KILL);
         eventually("another worker", || self.worker().is_some_and(|next| next != first));

@@ -113,17 +113,20 @@ impl ObjectUrl {
 
     /// The object of that name beside this one.
     pub(crate) fn beside(&self, name: &str) -> Option<Self> {
-        let uri = match &self.at {
-            At::Server(uri) => uri,
+        match &self.at {
+            At::Server(uri) => beside(uri, name).map(Self::of),
             #[cfg(feature = "object-store")]
-            At::Store(object) => return Some(Self::in_store(object.beside(name))),
-        };
-        let authority = uri.authority()?.as_str();
-        let (directory, _) = uri.path().rsplit_once('/')?;
-        let name = utf8_percent_encode(name, SEGMENT);
-        let scheme = scheme_of(uri);
-        Some(Self::of(format!("{scheme}://{authority}{directory}/{name}").parse().ok()?))
+            At::Store(object) => Some(Self::in_store(object.beside(name))),
+        }
     }
+}
+
+fn beside(uri: &Uri, name: &str) -> Option<Uri> {
+    let authority = uri.authority()?.as_str();
+    let (directory, _) = uri.path().rsplit_once('/')?;
+    let name = utf8_percent_encode(name, SEGMENT);
+    let scheme = scheme_of(uri);
+    format!("{scheme}://{authority}{directory}/{name}").parse().ok()
 }
 
 /// An object of a store, if this is the URL of one, or what is wrong with it. Keys are as
@@ -135,11 +138,13 @@ fn in_store(text: &str) -> Option<Result<ObjectUrl, &'static str>> {
 }
 
 #[cfg(not(feature = "object-store"))]
+const WITHOUT_STORES: &str = "this program was built without object stores: build it with \
+    `--features object-store`, or give a signed https:// URL";
+
+#[cfg(not(feature = "object-store"))]
 fn in_store(text: &str) -> Option<Result<ObjectUrl, &'static str>> {
     let is_one = ["s3://", "gs://", "az://"].iter().any(|scheme| text.starts_with(scheme));
-    is_one
-        .then_some(Err("this program was built without object stores: build it with `--features \
-                          object-store`, or give a signed https:// URL"))
+    is_one.then_some(Err(WITHOUT_STORES))
 }
 
 fn scheme_of(uri: &Uri) -> &str {
