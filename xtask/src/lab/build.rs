@@ -43,6 +43,8 @@ pub(super) fn programs(root: &Path, target: &Path) -> anyhow::Result<Programs> {
         .args(["build", "--release", "--target", TARGET])
         .args(["--package", "vmpager-cli", "--package", "vmpager-lab"])
         .args(["--package", "vmpager-kvm", "--bins", "--test", MATRIX])
+        // There is no network in the lab.
+        .arg("--no-default-features")
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()

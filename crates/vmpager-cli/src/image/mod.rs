@@ -51,6 +51,7 @@ pub(crate) struct Parents {
     /// Believe those `https://` servers for which an authority in this file of PEM
     /// certificates vouches [default: those that this machine trusts, or SSL_CERT_FILE
     /// names].
+    #[cfg(feature = "tls")]
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
 }
@@ -69,10 +70,11 @@ impl Parents {
 
     /// Has servers believed as was said.
     pub(crate) fn trusting(&self, options: RemoteOptions) -> RemoteOptions {
-        match &self.ca_file {
-            Some(file) => options.authorities(file),
-            None => options,
+        #[cfg(feature = "tls")]
+        if let Some(file) = &self.ca_file {
+            return options.authorities(file);
         }
+        options
     }
 }
 

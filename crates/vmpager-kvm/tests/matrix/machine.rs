@@ -218,11 +218,11 @@ impl Machine {
         Some(Self { kvm, vcpu, vm, pages, server, mechanism, first_sregs, first_fpu, has_avx })
     }
 
-    /// Runs a program to its end, with just these pages in place (all, if `None`).
+    /// Runs a program to its end, with just these pages in place.
     pub(crate) fn run(
         &mut self,
         setup: &Setup,
-        present: Option<&BTreeSet<u64>>,
+        present: &BTreeSet<u64>,
     ) -> Result<(Outcome, Came), String> {
         let mut exits = self.reset(setup, present);
         for _ in 0..MOST_EXITS {
@@ -265,15 +265,14 @@ impl Machine {
     }
 
     /// Memory and registers as at the start.
-    fn reset(&mut self, setup: &Setup, present: Option<&BTreeSet<u64>>) -> ExitDelivery<Own> {
-        let all = || (0..MEMORY).step_by(offset(PAGE)).collect();
+    fn reset(&mut self, setup: &Setup, present: &BTreeSet<u64>) -> ExitDelivery<Own> {
         let memory = self.pages.memory.clone();
         memory.discard(0..offset(MEMORY)).expect("anonymous memory");
         {
             let mut state = self.pages.state();
             *state = State { image: setup.image.clone(), ..State::default() };
-            for page in present.cloned().unwrap_or_else(all) {
-                self.pages.install(&mut state, page);
+            for page in present {
+                self.pages.install(&mut state, *page);
             }
         }
         let slot = GpaRange { gpa: 0, offset: 0, len: MEMORY };
