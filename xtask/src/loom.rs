@@ -1,14 +1,11 @@
 //! Runs the loom tests: another `cfg`, so another target directory.
 
 use std::path::Path;
-use std::process::Command;
 
 /// Runs every loom test of the workspace.
 pub(crate) fn run(root: &Path) -> Result<(), String> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    let status = Command::new(cargo)
-        .current_dir(root)
+    let status = crate::cargo(root)
         .env("RUSTFLAGS", format!("{flags} --cfg loom"))
         .env("CARGO_TARGET_DIR", root.join("target").join("loom"))
         .args(["test", "--package", "vmpager-core", "--release", "--test", "loom_*"])

@@ -5,8 +5,8 @@ mod lab;
 mod loom;
 mod tidy;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
 use clap::Parser;
 
@@ -42,4 +42,19 @@ fn root() -> PathBuf {
     std::env::var_os("CARGO_MANIFEST_DIR")
         .and_then(|dir| PathBuf::from(dir).parent().map(PathBuf::from))
         .unwrap_or_else(|| PathBuf::from("."))
+}
+
+/// Cargo, in the workspace, as if called by hand: what cargo itself told this program, build
+/// scripts of some crates look at, and would run again.
+fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root);
+    for (name, _) in std::env::vars_os() {
+        let of_this_package = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+        if of_this_package.iter().any(|start| name.as_encoded_bytes().starts_with(start.as_bytes()))
+        {
+            command.env_remove(name);
+        }
+    }
+    command
 }

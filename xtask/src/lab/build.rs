@@ -1,6 +1,7 @@
-//! The programs that run in the lab: static, so that an initramfs needs
-//! nothing else.
+//! The programs that run in the lab, and what an initramfs needs to run them: the same
+//! release builds that are used outside, so that whoever has those builds little more.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+use super::tool;
 
 /// What goes into the lab.
 #[derive(Debug)]
@@ -35,55 +36,78 @@ pub(super) struct Case {
 /// The test that is one of the lab's programs.
 const MATRIX: &str = "matrix";
 
-/// Builds the programs, in a target directory of their own: other flags would
-/// make cargo build everything anew in the usual one. All at once, so that no part of
-/// them is built twice.
-pub(super) fn programs(root: &Path, target: &Path) -> anyhow::Result<Programs> {
-    let output = cargo(root, target)
-        .args(["build", "--release", "--target", TARGET])
-        .args(["--package", "vmpager-cli", "--package", "vmpager-lab"])
-        .args(["--package", "vmpager-kvm", "--bins", "--test", MATRIX])
-        // There is no network in the lab.
-        .arg("--no-default-features")
-        .arg("--message-format=json-render-diagnostics")
+/// Builds the programs. The test is built by itself: what only tests need would change
+/// features of what the others share with the usual release build.
+pub(super) fn programs(root: &Path) -> anyhow::Result<Programs> {
+    let bins = build(root, &["--package", "vmpager-cli", "--package", "vmpager-lab", "--bins"])?;
+    let test = build(root, &["--package", "vmpager-kvm", "--test", MATRIX])?;
+    Ok(Programs {
+        vmpager: executable(&bins, "vmpager")?,
+        lab: executable(&bins, "vmpager-lab")?,
+        matrix: executable(&test, MATRIX)?,
+    })
+}
+
+/// Builds; what cargo says of it, in JSON, a message a line.
+fn build(root: &Path, what: &[&str]) -> anyhow::Result<String> {
+    let output = crate::cargo(root)
+        .args(["build", "--release", "--message-format=json-render-diagnostics"])
+        .args(what)
         .stderr(Stdio::inherit())
         .output()
         .context("cargo cannot be run")?;
     if !output.status.success() {
-        bail!("building the lab's programs failed ({}); static ones need libc6-dev", output.status);
+        bail!("building the lab's programs failed ({})", output.status);
     }
-    let messages = String::from_utf8_lossy(&output.stdout);
-    let program = |name: &str| {
-        let found = messages.lines().find_map(|line| {
-            let message: Value = serde_json::from_str(line).ok()?;
-            let is_it = message["target"]["name"] == name;
-            message["executable"].as_str().filter(|_| is_it).map(PathBuf::from)
-        });
-        found.with_context(|| format!("cargo names no program {name} among those it built"))
-    };
-    Ok(Programs {
-        vmpager: program("vmpager")?,
-        lab: program("vmpager-lab")?,
-        matrix: program(MATRIX)?,
-    })
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Cargo for static programs that go into the lab.
-fn cargo(root: &Path, target: &Path) -> Command {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    let mut command = Command::new(cargo);
-    command
-        .current_dir(root)
-        .env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim())
-        // Making and loading what nobody reads takes time.
-        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
-        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
-        // The programs are tested here, not measured.
-        .env("CARGO_PROFILE_RELEASE_LTO", "off")
-        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
-        .env("CARGO_TARGET_DIR", target);
-    command
+fn executable(messages: &str, name: &str) -> anyhow::Result<PathBuf> {
+    let found = messages.lines().find_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        let is_it = message["target"]["name"] == name;
+        message["executable"].as_str().filter(|_| is_it).map(PathBuf::from)
+    });
+    found.with_context(|| format!("cargo names no program {name} among those it built"))
+}
+
+impl Programs {
+    /// The same without symbols, in a directory: loading what nobody reads takes time
+    /// where loading is emulated.
+    pub(super) fn stripped(&self, dir: &Path) -> anyhow::Result<Self> {
+        let strip = |program: &Path, name: &str| {
+            let to = dir.join(name);
+            tool::output(Command::new("strip").arg("-o").arg(&to).arg(program), "binutils")?;
+            anyhow::Ok(to)
+        };
+        Ok(Self {
+            vmpager: strip(&self.vmpager, "vmpager")?,
+            lab: strip(&self.lab, "vmpager-lab")?,
+            matrix: strip(&self.matrix, MATRIX)?,
+        })
+    }
+}
+
+/// The shared libraries a program is linked to, its loader among them, where they were
+/// found on this machine.
+pub(super) fn libraries(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let list = tool::output(Command::new("ldd").arg(program), "libc-bin")?;
+    let list = String::from_utf8_lossy(&list);
+    let libraries: Vec<PathBuf> = list.lines().filter_map(parse_library).collect();
+    for library in &libraries {
+        fs::metadata(library).with_context(|| {
+            format!("{}, a library of {}", library.display(), program.display())
+        })?;
+    }
+    Ok(libraries)
+}
+
+/// `libc.so.6 => /lib/libc.so.6 (0x7f…)`, or `/lib64/ld-linux-x86-64.so.2 (0x7f…)`. What
+/// has no path, the kernel brings.
+fn parse_library(line: &str) -> Option<PathBuf> {
+    let found = line.split_once("=>").map_or(line, |(_, found)| found);
+    let path = found.split_whitespace().next()?;
+    path.starts_with('/').then(|| path.into())
 }
 
 /// Asks the lab's program for its tests.
@@ -106,6 +130,20 @@ fn parse_case(line: &str) -> anyhow::Result<Case> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_library_is_where_the_loader_found_it() {
+        let library = |line| parse_library(line).map(|path| path.display().to_string());
+        let at = |path: &str| Some(path.to_owned());
+        assert_eq!(
+            library("\tlibc.so.6 => /lib/libc.so.6 (0x00007fe228b3e000)"),
+            at("/lib/libc.so.6")
+        );
+        assert_eq!(library("\t/lib64/ld.so.2 (0x00007fe229931000)"), at("/lib64/ld.so.2"));
+        assert_eq!(library("\tlinux-vdso.so.1 (0x00007fe22992f000)"), None);
+        assert_eq!(library("\tstatically linked"), None);
+        assert_eq!(library("\tlibgone.so => not found"), None);
+    }
 
     #[test]
     fn a_list_line_is_boot_name_and_seconds() {

@@ -1,13 +1,14 @@
 //! The file systems that the lab and its guests start from. Not compressed:
 //! unpacking would be emulated, loading is not.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use anyhow::Context;
 
-use super::build::Programs;
+use super::build::{self, Programs};
 use super::kernel::Kernel;
 
 const DIRECTORY: u32 = 0o040_755;
@@ -31,6 +32,7 @@ pub(super) fn host(
     archive.copy("init", PROGRAM, &programs.lab)?;
     archive.copy("bin/vmpager", PROGRAM, &programs.vmpager)?;
     archive.copy("bin/matrix", PROGRAM, &programs.matrix)?;
+    archive.libraries(&[&programs.lab, &programs.vmpager, &programs.matrix])?;
     for (number, module) in host.modules().iter().enumerate() {
         let name = format!("lab/modules/{number:02}-{}.ko", module.name);
         archive.add(&name, FILE, &module.object)?;
@@ -43,12 +45,18 @@ pub(super) fn host(
     archive.finish()
 }
 
-/// Writes a guest's: its init and nothing else.
+/// Writes a guest's: its init, and what that is linked to.
 pub(super) fn guest(path: &Path, programs: &Programs) -> anyhow::Result<()> {
     let mut archive = Archive::create(path)?;
     archive.directories(&MOUNT_POINTS)?;
     archive.copy("init", PROGRAM, &programs.lab)?;
+    archive.libraries(&[&programs.lab])?;
     archive.finish()
+}
+
+/// A path's name in an archive; the root has none.
+fn inside(path: &Path) -> Option<&str> {
+    path.strip_prefix("/").ok()?.to_str().filter(|name| !name.is_empty())
 }
 
 /// A cpio archive of the kind Linux unpacks ("newc").
@@ -66,6 +74,28 @@ impl<'a> Archive<'a> {
 
     fn directories(&mut self, names: &[&str]) -> anyhow::Result<()> {
         names.iter().try_for_each(|name| self.add(name, DIRECTORY, &[]))
+    }
+
+    /// What programs are linked to, where they look for it.
+    fn libraries(&mut self, programs: &[&Path]) -> anyhow::Result<()> {
+        let mut libraries = BTreeSet::new();
+        for program in programs {
+            libraries.extend(build::libraries(program)?);
+        }
+        let mut made = BTreeSet::new();
+        for library in &libraries {
+            let mut parents: Vec<&Path> = library.ancestors().skip(1).collect();
+            parents.reverse();
+            for parent in parents.into_iter().filter_map(inside) {
+                if made.insert(parent) {
+                    self.add(parent, DIRECTORY, &[])?;
+                }
+            }
+            let name = inside(library);
+            let name = name.with_context(|| format!("the name of {}", library.display()))?;
+            self.copy(name, PROGRAM, library)?;
+        }
+        Ok(())
     }
 
     fn copy(&mut self, name: &str, mode: u32, from: &Path) -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 //!
 //! | module | what lives there |
 //! |---|---|
-//! | `build` | the static programs that go in, and the list of their tests |
+//! | `build` | the programs that go in, and the list of their tests |
 //! | `kernel` | kernels, from files, packages or directories, with their modules |
 //! | `initramfs` | the file systems of the lab and of its guests |
 //! | `boot` | one run of the emulator, watched line by line |
@@ -95,7 +95,7 @@ impl LabArgs {
 /// Builds, boots, watches; fails if any test failed or did not run.
 pub(crate) fn run(root: &Path, args: &LabArgs) -> anyhow::Result<()> {
     let target = root.join("target").join("lab");
-    let programs = build::programs(root, &target)?;
+    let programs = build::programs(root)?;
     let cases: Vec<Case> =
         build::cases(&programs)?.into_iter().filter(|case| args.wants(case)).collect();
     if cases.is_empty() {
@@ -147,7 +147,7 @@ fn run_emulated(
 
     let scratch = scratch(target)?;
     let initramfs = scratch.path().join("initramfs");
-    initramfs::host(&initramfs, programs, &host, guest)?;
+    initramfs::host(&initramfs, &programs.stripped(scratch.path())?, &host, guest)?;
     let machine = Machine { host: &host, initramfs: &initramfs, deadline };
     let boots = Mutex::new(by_boot(cases));
     let tally = Mutex::new(Tally::default());
@@ -223,7 +223,7 @@ fn run_directly(
     println!("lab: this machine as host, Linux {} as guest", guest.release());
     let scratch = scratch(target)?;
     let initrd = scratch.path().join("guest-initramfs");
-    initramfs::guest(&initrd, programs)?;
+    initramfs::guest(&initrd, &programs.stripped(scratch.path())?)?;
     let mut boot = Boot::direct(programs, &guest, &initrd, scratch.path(), cases)?;
     Ok(boot::watch(&mut boot, "direct", cases, deadline))
 }
