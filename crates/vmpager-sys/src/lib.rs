@@ -12,7 +12,8 @@
 //! | [`shared`] | words of memory shared between processes through a memfd |
 //! | [`file_map`] | read-only file mappings that only the kernel reads |
 //! | [`ring`] | positioned reads through io_uring |
-//! | [`pre_fault`] | `KVM_PRE_FAULT_MEMORY`: a page mapped for a vCPU before it is touched |
+//! | [`pre_fault`] | `KVM_PRE_FAULT_MEMORY`: pages mapped for a vCPU before they are touched |
+//! | [`vcpu_stats`] | `KVM_GET_STATS_FD`: what KVM counts of a vCPU |
 //! | [`peer`] | unix sockets with descriptors, pidfds, what a descriptor is |
 //! | [`probe`] | what this kernel and this user can do |
 
@@ -28,3 +29,4 @@ pub mod probe;
 pub mod ring;
 pub mod shared;
 pub mod uffd;
+pub mod vcpu_stats;

@@ -21,13 +21,15 @@ const PRE_FAULT: Opcode = opcode::read_write::<PreFault>(0xAE, 0xD5);
 const _: () = assert!(PRE_FAULT == 0xC040_AED5);
 
 /// Has KVM map so many bytes at a gpa, both whole pages, for a vCPU that does not run,
-/// as if it had just read there. Pages that are missing are waited for.
+/// as if it had just read there. Pages that are missing are waited for. Returns how many
+/// bytes are mapped now: fewer than were asked for, but some, if something came in between.
 ///
 /// # Errors
 ///
-/// What the kernel says: `EOPNOTSUPP` without nested paging, `ENOENT` where there is no
-/// memslot, `EFAULT` if memory cannot be had, `EINTR` on a signal.
-pub fn pre_fault(vcpu: &impl AsRawFd, gpa: u64, bytes: u64) -> io::Result<()> {
+/// What the kernel says if it mapped nothing: `EOPNOTSUPP` without nested paging, `ENOENT`
+/// where there is no memslot, `EFAULT` if memory cannot be had, `EINTR` on a signal,
+/// `EAGAIN` if memslots are being changed.
+pub fn pre_fault(vcpu: &impl AsRawFd, gpa: u64, bytes: u64) -> io::Result<u64> {
     let mut range = PreFault { gpa, size: bytes, ..PreFault::default() };
     // SAFETY: the reference keeps whoever owns the descriptor, so that it is open for
     // the time of this call.
@@ -37,5 +39,7 @@ pub fn pre_fault(vcpu: &impl AsRawFd, gpa: u64, bytes: u64) -> io::Result<()> {
     let call = unsafe { Updater::<PRE_FAULT, PreFault>::new(&mut range) };
     // SAFETY: on a vCPU it changes nothing but KVM's page tables, to what the guest would
     // find by itself; other descriptors do not know it.
-    Ok(unsafe { ioctl::ioctl(vcpu, call) }?)
+    unsafe { ioctl::ioctl(vcpu, call) }?;
+    // The kernel leaves there what it did not get to.
+    Ok(bytes.saturating_sub(range.size))
 }

@@ -263,7 +263,7 @@ impl<I: PageInstaller> ExitDelivery<I> {
         }
         let page = gpa / PAGE_BYTES * PAGE_BYTES;
         match pre_fault(vcpu, page, PAGE_BYTES) {
-            Ok(()) => self.stats.mapped += 1,
+            Ok(_) => self.stats.mapped += 1,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => self.maps = false,
             // The vCPU will see to it itself.
             Err(_) => {}
