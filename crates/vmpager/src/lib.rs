@@ -16,6 +16,7 @@
 //! | [`clean`] | one copy of the pages that VMs have not written to, for all VMs |
 //! | [`metrics`] | what a daemon shows of itself |
 //! | [`stats`] | what a session did, as numbers |
+//! | `hot` | which of the pages that a profile names are in place |
 //! | `worker` | the thread that serves: faults, finished reads, fill |
 //! | `served` | the memory behind one userfaultfd: plans carried out |
 //!
@@ -27,6 +28,7 @@ pub mod attach;
 pub mod clean;
 pub mod daemon;
 pub mod handshake;
+mod hot;
 pub mod installer;
 pub mod keeper;
 #[cfg(not(feature = "kill-points"))]

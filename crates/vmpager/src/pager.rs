@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use tracing::info;
 use vmpager_core::prefetch::NeighbourPolicy;
-use vmpager_core::{Hva, PageSize, PageSource, Slot, SlotError, SlotSet, SourceError};
+use vmpager_core::{ByteRange, Hva, PageSize, PageSource, Slot, SlotError, SlotSet, SourceError};
 use vmpager_store::profile::{Profile, Recorder};
 use vmpager_sys::memory::GuestRange;
 use vmpager_sys::peer::own_pidfd;
 use vmpager_sys::uffd::{Features, OpenError, Userfaultfd};
 
 use crate::attach::{Door, QueueOwner, ShareError, SharedRegion, Stock, Wares};
+use crate::hot;
 use crate::installer::Installer;
 use crate::reads::MemoryId;
 use crate::served::{ServeOptions, Served, State};
@@ -126,6 +127,8 @@ pub struct Pager {
     memory: MemoryId,
     /// In the order given.
     slots: Vec<Slot>,
+    /// What is brought first, if there is a profile.
+    replay: Option<Arc<[ByteRange]>>,
     /// Every page is in place.
     complete: AtomicBool,
     /// The end of serving, once it came.
@@ -279,6 +282,7 @@ impl PagerBuilder {
             events,
             memory,
             slots: regions,
+            replay: options.replay,
             complete: AtomicBool::new(false),
             ended: Default::default(),
             _doorbell: doorbell,
@@ -373,6 +377,27 @@ impl Pager {
         match done.recv() {
             Ok(done) => done.map_err(FreezeError::Kernel),
             Err(_) => Err(FreezeError::NotServed),
+        }
+    }
+
+    /// The pages of the [profile](PagerBuilder::profile) that are in place by now: where
+    /// they lie in this process, in bytes, and how many bytes from there on; in the order
+    /// in which they are brought. Empty without a profile, or if serving failed.
+    ///
+    /// Such a page can be touched without a wait, unless it is given back meanwhile. A VMM
+    /// may have KVM map them before the guest runs (`vmpager_kvm::ahead`).
+    pub fn hot_in_place(&self) -> Vec<(Hva, u64)> {
+        let Some(order) = &self.replay else { return Vec::new() };
+        let (to, shared) = crossbeam_channel::bounded(1);
+        self.worker.tell(Command::Share(self.memory, to));
+        if let Ok(shared) = shared.recv() {
+            let pages = &shared.pages;
+            return hot::in_place(pages.slots(), order, |page| pages.map().is_present(page));
+        }
+        // Served no longer: all of it is in place, or who knows.
+        match SlotSet::new(&self.slots, self.source.len()) {
+            Ok(slots) if self.wait_filled(Duration::ZERO) => hot::in_place(&slots, order, |_| true),
+            _ => Vec::new(),
         }
     }
 

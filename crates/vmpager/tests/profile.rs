@@ -123,6 +123,50 @@ fn what_is_recorded_and_replayed_is_not_waited_for() {
     assert_eq!((learnt.pages().len(), learnt.sessions()), (702, 2));
 }
 
+/// Page numbers of what is told to be in place, in that order.
+fn hot(pager: &Pager, memory: &Mapping) -> Vec<usize> {
+    let page = |hva: u64| usize::try_from(hva - memory.hva()).unwrap() / PAGE;
+    let parts = pager.hot_in_place().into_iter();
+    parts.flat_map(|(hva, len)| page(hva.0)..page(hva.0 + len)).collect()
+}
+
+/// Those of the profile that are there, and no other, whatever else is there.
+#[test]
+fn hot_pages_are_told_once_they_are_in_place() {
+    begin!();
+    let raw = Raw::new();
+    let profile = raw.profile(work());
+    let order: Vec<usize> =
+        profile.replay_order().into_iter().flatten().map(|page| page as usize).collect();
+    let start = |source, fill| {
+        let memory = mapping(PAGES);
+        let pager = Pager::builder(source).region(&range(&memory), 0).profile(&profile);
+        let pager = pager.neighbours(NeighbourPolicy::Off).background_fill(fill);
+        (pager.start().unwrap(), memory)
+    };
+    // None of it is read so far.
+    let source = FaultySource::wrap(raw.open());
+    source.hold(ByteRange::new(0, (PAGES * PAGE) as u64));
+    let (pager, memory) = start(source.clone(), false);
+    eventually("the replay to wait for its reads", || source.held() > 0);
+    let early = hot(&pager, &memory);
+    assert!(early.iter().all(|page| HOLE.contains(page)), "{early:?}");
+    source.release();
+    eventually("the hot pages", || hot(&pager, &memory).len() == order.len());
+    assert_eq!(hot(&pager, &memory), order);
+    touch(&memory, 0..900);
+    assert_eq!(hot(&pager, &memory), order, "other pages are in place, too");
+    // Served no longer, since all of it is in place.
+    let (pager, memory) = start(FaultySource::wrap(raw.open()), true);
+    assert!(pager.wait_filled(Duration::from_secs(20)));
+    assert_eq!(hot(&pager, &memory), order);
+    // Without a profile nothing is hot.
+    let memory = mapping(PAGES);
+    let pager = Pager::builder(raw.open()).region(&range(&memory), 0).start().unwrap();
+    touch(&memory, 0..100);
+    assert_eq!(hot(&pager, &memory), [0; 0]);
+}
+
 #[test]
 fn a_guest_that_races_the_replay_and_the_fill_sees_right_bytes() {
     begin!();
