@@ -13,6 +13,7 @@ mod restore;
 mod scratch;
 mod serve;
 mod size;
+mod smaps;
 mod top;
 mod vm;
 mod vm_process;

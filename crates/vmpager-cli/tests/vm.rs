@@ -3,6 +3,11 @@
 //! included.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "vm/profile.rs"]
+mod profile;
+#[path = "vm/usage.rs"]
+mod usage;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -569,25 +574,6 @@ fn a_user_who_may_not_use_kvm_is_told_how_he_may() {
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("/dev/kvm: Permission denied"), "{error}");
     assert!(error.contains("give this user access"), "{error}");
-}
-
-#[test]
-fn wrong_usage_exits_with_2_and_help_teaches() {
-    for args in [
-        &["run"][..],
-        &["run", "--kernel", "k", "--guest", "builtin"],
-        &["run", "--kernel", "k", "--memory", "lots"],
-        &["status"],
-        &["explode"],
-    ] {
-        assert_eq!(vm(args).status.code(), Some(2), "{args:?}");
-    }
-    for command in ["run", "snapshot", "restore", "pause", "resume", "status", "quit"] {
-        let output = vm(&[command, "--help"]);
-        let help = text(&output.stdout);
-        assert!(output.status.success() && help.contains("Example"), "{command}: {help}");
-        assert!(help.contains("--json"), "{command}");
-    }
 }
 
 #[test]

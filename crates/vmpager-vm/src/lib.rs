@@ -102,6 +102,7 @@ pub use vm::{Cpu, CpuKind, Vm, VmConfig};
 pub use workload::{Order, Workload};
 
 pub use vmpager::core::convert::Contents as ConvertedContents;
+pub use vmpager_kvm::ahead::MappedAhead;
 pub use vmpager_kvm::apf::{ApfStats, Refusal};
 pub use vmpager_kvm::exit::{ExitStats, Mechanism as ExitMechanism};
 

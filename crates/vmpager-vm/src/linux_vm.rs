@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use vmpager::Pager;
+use vmpager_kvm::ahead::MappedAhead;
 use vmpager_kvm::apf::ApfStats;
 use vmpager_kvm::exit::ExitStats;
 use vmpager_sys::memory::Mapping;
@@ -160,6 +161,7 @@ impl LinuxVm {
         }
         if self.running.is_none() {
             self.machine.tell_of_pause()?;
+            self.machine.map_ahead(&self.memory);
             let running = Running::start(&mut self.machine.vcpus, &self.ports, &self.end)
                 .map_err(VmError::Thread)?;
             self.running = Some(running);
@@ -231,6 +233,18 @@ impl LinuxVm {
     /// `None` while they run, or if vmpager does not play it.
     pub fn async_fault_stats(&self) -> Option<ApfStats> {
         self.machine.async_fault_stats()
+    }
+
+    /// What came of mapping hot pages before the guest ran; `None` if that was not
+    /// [wanted](crate::InProcess::map_ahead), or this KVM cannot.
+    pub fn mapped_ahead(&self) -> Option<MappedAhead> {
+        self.machine.mapped_ahead()
+    }
+
+    /// How many stage-2 faults all vCPUs have taken so far; `None` while they
+    /// run, or if KVM does not tell.
+    pub fn stage2_faults(&self) -> Option<u64> {
+        if self.is_running() { None } else { self.machine.stage2_faults() }
     }
 
     /// The pager in this process, if it brings this guest's memory.

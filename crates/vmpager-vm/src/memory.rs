@@ -15,6 +15,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, seek};
@@ -72,6 +73,15 @@ impl Memslot {
         }
     }
 
+    /// Where a range of the mapping lies in the guest: in one slot or several.
+    fn gpas(slots: &[Self], part: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        slots.iter().filter_map(move |slot| {
+            let from = part.start.max(slot.offset);
+            let to = part.end.min(slot.offset + slot.len);
+            (from < to).then(|| slot.gpa + (from - slot.offset)..slot.gpa + (to - slot.offset))
+        })
+    }
+
     /// Memory around the hole for devices, as a PC has it.
     pub(crate) fn around_the_hole(bytes: u64) -> Vec<Self> {
         let mut slots = Self::flat(bytes.min(HOLE_START));
@@ -94,6 +104,8 @@ pub(crate) struct GuestMemory {
     mechanism: Option<Mechanism>,
     /// Which of those exits the guest is told of, if vmpager plays its device.
     async_faults: Option<AsyncFaults>,
+    /// How long mapping hot pages before the guest runs may take.
+    map_ahead: Duration,
     /// What makes its pages private, if they can be.
     pub(crate) private: Option<PrivateParts>,
     // Dropped after the machine.
@@ -144,6 +156,7 @@ impl GuestMemory {
             memfd: None,
             mechanism: None,
             async_faults: None,
+            map_ahead: Duration::ZERO,
             private: None,
             served: None,
         }
@@ -198,6 +211,32 @@ impl GuestMemory {
     /// Which faults the guest is told of, if vmpager plays its device.
     pub(crate) fn async_faults(&self) -> Option<AsyncFaults> {
         self.mechanism.and(self.async_faults)
+    }
+
+    /// The same, its hot pages that are in place mapped before the guest runs, within
+    /// that time.
+    pub(crate) fn mapped_ahead(mut self, within: Duration) -> Self {
+        self.map_ahead = within;
+        self
+    }
+
+    /// How long mapping pages before the guest runs may take, if that is wanted and KVM
+    /// can map pages that are in place.
+    pub(crate) fn map_ahead(&self) -> Option<Duration> {
+        let attributes = self.mechanism == Some(Mechanism::Attributes);
+        let can = self.private.is_none() && !attributes;
+        Some(self.map_ahead).filter(|within| can && !within.is_zero())
+    }
+
+    /// Guest-physical addresses of the pages that a profile names and that are in place,
+    /// in the profile's order.
+    pub(crate) fn hot_in_place(&self) -> Vec<Range<u64>> {
+        let parts = self.pager().map(Pager::hot_in_place).unwrap_or_default();
+        let offsets = parts.into_iter().map(|(hva, len)| {
+            let offset = hva.0 - self.mapping.hva();
+            offset..offset + len
+        });
+        offsets.flat_map(|part| Memslot::gpas(&self.slots, part)).collect()
     }
 
     /// What makes missing pages exits of vCPUs, if they are.
@@ -348,6 +387,18 @@ mod tests {
             }
             assert_eq!(at, bytes);
         }
+    }
+
+    #[test]
+    fn a_range_of_the_mapping_lies_on_both_sides_of_the_hole() {
+        let slots = Memslot::around_the_hole(4 * GIB);
+        let gpas = |part| Memslot::gpas(&slots, part).map(|gpas| (gpas.start, gpas.end));
+        let gpas = |part| gpas(part).collect::<Vec<_>>();
+        assert_eq!(gpas(4096..8192), [(4096, 8192)]);
+        assert_eq!(gpas(HOLE_START..HOLE_START + 4096), [(HOLE_END, HOLE_END + 4096)]);
+        let both = [(HOLE_START - 4096, HOLE_START), (HOLE_END, HOLE_END + 8192)];
+        assert_eq!(gpas(HOLE_START - 4096..HOLE_START + 8192), both);
+        assert_eq!(gpas(4 * GIB..5 * GIB), []);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use serde::Serialize;
 use vmpager::clean::{self, Offered};
 use vmpager::core::{Hva, PageSource};
 use vmpager::store::RawFile;
+use vmpager::store::profile::Profile;
 use vmpager::{NeighbourPolicy, Pager};
 use vmpager_sys::memfd;
 use vmpager_sys::memory::{Access, GuestRange, Mapping};
@@ -79,6 +80,12 @@ pub struct InProcess {
     pub neighbours: NeighbourPolicy,
     /// Where the bytes come from instead of the memory file: as many.
     pub source: Option<Arc<dyn PageSource>>,
+    /// Which pages come before others, from now on.
+    pub profile: Option<Arc<Profile>>,
+    /// How long KVM may be kept, before the guest runs, with mapping those that are in
+    /// place by then (see [`vmpager_kvm::ahead`]); zero to leave it. Not with delivery by
+    /// attributes, nor where pages can be private: KVM refuses what is not shared.
+    pub map_ahead: Duration,
 }
 
 /// Where a restored VM's memory comes from.
@@ -199,14 +206,17 @@ impl GuestMemory {
                     Some(source) => source,
                     None => RawFile::open(path)?,
                 };
-                let pager = Pager::builder(source)
+                let mut pager = Pager::builder(source)
                     .region(&GuestRange::of_mapping(&memory.mapping), 0)
                     .background_fill(how.background_fill)
                     .huge_pages(how.collapse)
-                    .neighbours(how.neighbours)
-                    .start()?;
+                    .neighbours(how.neighbours);
+                if let Some(profile) = &how.profile {
+                    pager = pager.profile(profile);
+                }
                 memory
-                    .served(Served::InProcess(Box::new(pager)))
+                    .served(Served::InProcess(Box::new(pager.start()?)))
+                    .mapped_ahead(how.map_ahead)
                     .with_async_faults(how.async_faults)
                     .delivered_by(how.delivery)
                     .map_err(cannot_map)

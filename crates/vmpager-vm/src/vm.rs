@@ -10,6 +10,7 @@ use std::time::Instant;
 use convert::in_ranges;
 use serde::{Deserialize, Serialize};
 use vmpager::Pager;
+use vmpager_kvm::ahead::MappedAhead;
 use vmpager_kvm::exit::ExitStats;
 use vmpager_sys::memory::Mapping;
 
@@ -291,6 +292,7 @@ impl Vm {
             return threads::work(memory, &self.layout, &pages, workload.write_every, since);
         };
         self.device.ask_work(&pages, workload.write_every)?;
+        machine.map_ahead(&self.memory);
         let entries = machine.run()?;
         let started = entries.iter().map(|e| e.started).min().unwrap_or(since);
         let done = entries.iter().map(|e| e.done).max().unwrap_or(since);
@@ -384,6 +386,18 @@ impl Vm {
     /// delivered so.
     pub fn exit_stats(&self) -> Option<ExitStats> {
         self.machine.as_ref().and_then(Builtin::exit_stats)
+    }
+
+    /// What came of mapping hot pages before the guest ran; `None` if that was not
+    /// [wanted](crate::InProcess::map_ahead), or this KVM cannot.
+    pub fn mapped_ahead(&self) -> Option<MappedAhead> {
+        self.machine.as_ref().and_then(Builtin::mapped_ahead)
+    }
+
+    /// How many stage-2 faults all vCPUs have taken; `None` if they are not KVM's,
+    /// or KVM does not tell.
+    pub fn stage2_faults(&self) -> Option<u64> {
+        self.machine.as_ref().and_then(Builtin::stage2_faults)
     }
 
     /// The pager in this process, if it brings this guest's memory.

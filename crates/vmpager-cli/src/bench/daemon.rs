@@ -7,6 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::restore::process::{Running, vmpager};
 use crate::serve::ServeReport;
+use crate::smaps::{self, kib};
 
 /// `vmpager serve`, killed when dropped.
 #[derive(Debug)]
@@ -104,10 +105,6 @@ fn resident(pid: u32) -> anyhow::Result<[u64; 2]> {
     Ok([field("VmRSS:")?, field("RssFile:")?])
 }
 
-fn kib(text: &str) -> Option<u64> {
-    text.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
-}
-
 /// Memory of a process, of that which others have too its share, in bytes.
 pub(super) fn proportional(pid: u32) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");
@@ -119,21 +116,7 @@ pub(super) fn proportional(pid: u32) -> anyhow::Result<u64> {
 /// Resident bytes of page maps.
 fn page_maps(pid: u32) -> anyhow::Result<u64> {
     let smaps = read(&format!("/proc/{pid}/smaps"))?;
-    let mut within = false;
-    let mut bytes = 0;
-    for line in smaps.lines() {
-        match line.strip_prefix("Rss:") {
-            Some(rss) if within => bytes += kib(rss).unwrap_or(0),
-            Some(_) => {}
-            // Fields of a mapping begin with a name and a colon; mappings with
-            // addresses.
-            None if line.split(' ').next().is_some_and(|first| !first.ends_with(':')) => {
-                within = line.contains("/memfd:vmpager-page-map");
-            }
-            None => {}
-        }
-    }
-    Ok(bytes)
+    Ok(smaps::sum(&smaps, &["Rss:"], |mapping| mapping.contains("/memfd:vmpager-page-map")))
 }
 
 /// By the scheduler's own count, in nanoseconds: `/proc/PID/stat` has ticks.

@@ -293,8 +293,8 @@ const CAPABILITIES: &[Capability] = &[
         id: "kvm.pre_fault_memory",
         label: "PRE_FAULT_MEMORY",
         value: |kvm| yes(kvm.pre_fault_memory),
-        with: "a page that a vCPU left the guest for is mapped before it goes on: --delivery exit",
-        without: "a page that a vCPU left the guest for costs it a second stage-2 fault",
+        with: "pages in place are mapped before they are touched: --delivery exit, --profile",
+        without: "the first touch of a page that is in place is a stage-2 fault all the same",
         remedy: "use Linux 6.11 or later with nested paging",
     },
 ];

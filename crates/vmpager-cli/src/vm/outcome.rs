@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde::Serialize;
-use vmpager_vm::{ExitStats, GuestEnd};
+use vmpager_vm::{ExitStats, GuestEnd, MappedAhead};
 
 use super::async_pf::AsyncPf;
 
@@ -80,6 +80,33 @@ pub(super) struct RunSummary {
     pub(super) exits: Option<Exits>,
     /// What the guest was told of them, if vmpager played its device.
     pub(super) async_pf: Option<AsyncPf>,
+    /// Which pages of the profile KVM mapped before the guest ran; `null` without a
+    /// profile, if that was not wanted, or if this KVM cannot.
+    pub(super) mapped_ahead: Option<Ahead>,
+    /// Stage-2 faults that all vCPUs took; `null` if this KVM does not tell.
+    pub(super) stage2_faults: Option<u64>,
+    /// Of guest memory, so much lay in huge pages in the end; `null` without `/proc`.
+    pub(super) huge_bytes: Option<u64>,
+}
+
+/// What mapping pages before the guest ran came to.
+#[derive(Debug, Serialize)]
+pub(super) struct Ahead {
+    /// Pages of 4 KiB that were mapped: so many stage-2 faults at most were saved.
+    pub(super) pages: u64,
+    /// Pages that KVM did not map.
+    pub(super) refused: u64,
+    /// Pages that were in place, and for which there was no time.
+    pub(super) left: u64,
+    /// How long it kept the guest from running.
+    pub(super) took_ms: f64,
+}
+
+impl From<MappedAhead> for Ahead {
+    fn from(mapped: MappedAhead) -> Self {
+        let MappedAhead { pages, refused, left, took } = mapped;
+        Self { pages, refused, left, took_ms: millis(took) }
+    }
 }
 
 /// What exits on missing pages came to, on all vCPUs.
@@ -143,8 +170,22 @@ impl RunSummary {
             let (end, memory) = (self.end.show(), size::show(self.memory_bytes));
             let vcpus = show_vcpus(self.vcpus);
             eprintln!("vmpager: {end} ({vcpus}, {memory}, {seconds:.1?})");
+            if let Some(ahead) = &self.mapped_ahead {
+                eprintln!("vmpager: {}", self.show_mapped(ahead));
+            }
         }
         Ok(self.end.exit_code())
+    }
+
+    fn show_mapped(&self, ahead: &Ahead) -> String {
+        let mut text = format!("{} pages mapped ahead in {:.1} ms", ahead.pages, ahead.took_ms);
+        if let Some(faults) = self.stage2_faults {
+            text.push_str(&format!(", {faults} stage-2 faults after that"));
+        }
+        if let Some(huge) = self.huge_bytes {
+            text.push_str(&format!(", {} of memory in huge pages", size::show(huge)));
+        }
+        text
     }
 }
 

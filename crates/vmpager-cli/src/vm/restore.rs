@@ -12,6 +12,8 @@ use tracing::{info, warn};
 use vmpager::core::PageSource;
 use vmpager_store::RawFile;
 use vmpager_store::faulty::{ALL, FaultySource};
+use vmpager_store::image::MemoryInput;
+use vmpager_store::profile::Profile;
 use vmpager_vm::{
     AsyncFaults, Delivery, DeliveryCosts, ExitMechanism, InProcess, LinuxVm, OnRefusal,
     RestoreMemory, Snapshot, SnapshotPaths,
@@ -31,7 +33,8 @@ use crate::serve::Prefetch;
     vmpager vm restore --state vm.state --memory vm.mem \\\n    \
     --memory-mode on-demand --pager pager.sock\n\n  \
     vmpager vm restore --state vm.state --memory vm.mem \\\n    \
-    --delivery exit --async-pf 500\n\n\
+    --delivery exit --async-pf 500\n\n  \
+    vmpager vm restore --state vm.state --memory vm.mem --profile mem.vmprof --json\n\n\
     One snapshot can be restored any number of times at once; its files must not\n\
     change meanwhile. Console and keyboard are as with `vm run`.\n\n\
     {EXIT_STATUS}"))]
@@ -92,6 +95,16 @@ pub(crate) struct RestoreArgs {
     /// What comes along with a page that is touched.
     #[arg(long, value_enum, default_value_t = Prefetch::Mixed, conflicts_with = "pager")]
     neighbours: Prefetch,
+    /// Bring what this profile says before other pages (`vmpager profile record`);
+    /// a pager has its own.
+    #[arg(long, value_name = "FILE", conflicts_with = "pager")]
+    profile: Option<PathBuf>,
+    /// Before the guest runs, have KVM map the pages of the profile that are in place by
+    /// then, for so many milliseconds at most; 0 to leave it. The guest then takes no
+    /// stage-2 fault on them. Needs Linux 6.11 and nested paging, and is left out without;
+    /// not with --exit-mechanism attributes.
+    #[arg(long, value_name = "MILLISECONDS", requires = "profile", default_value_t = 5)]
+    map_ahead: u16,
     /// Have guest memory in huge pages of 2 MiB.
     #[arg(long, requires = "pager")]
     huge_pages: bool,
@@ -179,6 +192,13 @@ impl RestoreArgs {
         Ok(Some(source))
     }
 
+    /// What is brought first, if it is a profile of this memory.
+    fn profile(&self) -> anyhow::Result<Option<Arc<Profile>>> {
+        let Some(path) = &self.profile else { return Ok(None) };
+        let profile = Profile::open_for(path, &MemoryInput::raw(&self.memory)?)?;
+        Ok(Some(Arc::new(profile)))
+    }
+
     fn delivery(&self) -> anyhow::Result<Delivery> {
         Ok(match (self.delivery, self.exit_mechanism) {
             (DeliveryArg::Auto, None) => cheaper_delivery(),
@@ -210,6 +230,7 @@ impl RestoreArgs {
             (self.async_pf.is_some(), "--async-pf"),
             (self.source_delay.is_some(), "--source-delay"),
             (self.neighbours != Prefetch::Mixed, "--neighbours"),
+            (self.profile.is_some(), "--profile"),
         ];
         given.into_iter().find(|(is_given, _)| *is_given).map(|(_, name)| name)
     }
@@ -306,6 +327,8 @@ fn restore_memory(args: &RestoreArgs) -> anyhow::Result<RestoreMemory> {
             async_faults: args.async_faults()?,
             neighbours: args.neighbours.into(),
             source: args.slow_source()?,
+            profile: args.profile()?,
+            map_ahead: Duration::from_millis(args.map_ahead.into()),
         }),
         (MemoryMode::Eager, _) => RestoreMemory::Eager,
         (MemoryMode::Mmap, _) => RestoreMemory::Mmap,

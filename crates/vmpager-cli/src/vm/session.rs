@@ -14,9 +14,10 @@ use vmpager_vm::{LinuxVm, SnapshotPaths};
 
 use super::async_pf::AsyncPf;
 use super::control::ControlSocket;
-use super::outcome::{Ended, Exits, RunSummary, since};
+use super::outcome::{Ahead, Ended, Exits, RunSummary, since};
 use super::protocol::{Reply, Request, RunState, VmStatus};
 use super::terminal::{self, RawTerminal};
+use crate::smaps;
 use crate::vm_process::millis;
 
 /// Where the guest's console goes: standard output is for JSON if that was
@@ -54,15 +55,20 @@ impl Session {
         drop(terminal);
         let entered = self.vm.entered();
         let (exits, async_pf) = (self.vm.exit_stats(), self.vm.async_fault_stats());
+        let memory = self.vm.memory();
+        let memory_bytes = memory.len() as u64;
         Ok(RunSummary {
             end,
             vcpus: self.vcpus,
-            memory_bytes: self.vm.memory().len() as u64,
+            memory_bytes,
             made_ms: self.made_ms,
             first_instruction_ms: entered.map(|at| millis(at.duration_since(self.started))),
             ran_ms: since(self.started),
             exits: exits.map(Exits::from),
             async_pf: async_pf.zip(exits).map(|(stats, exits)| AsyncPf::new(stats, exits)),
+            mapped_ahead: self.vm.mapped_ahead().map(Ahead::from),
+            stage2_faults: self.vm.stage2_faults(),
+            huge_bytes: smaps::huge_bytes(memory.hva(), memory_bytes).ok(),
         })
     }
 

@@ -1,6 +1,7 @@
 //! The tests. Each runs in a process of its own with an empty current
 //! directory, and fails by returning an error.
 
+mod ahead;
 mod apf;
 mod back_end;
 mod beat;
@@ -70,9 +71,9 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case(
         "restore",
-        "restored_on_demand_with_fill_it_goes_on",
+        "restored_with_a_profile_and_fill_it_goes_on",
         90,
-        restore::restored_on_demand_with_fill_it_goes_on,
+        ahead::restored_with_a_profile_and_fill_it_goes_on,
     ),
     case(
         "restore",
@@ -153,6 +154,7 @@ pub(crate) const ALL: &[Case] = &[
         240,
         private::restored_lazily_pages_are_converted,
     ),
+    case("host", "pages_mapped_ahead_are_no_faults", 120, ahead::pages_mapped_ahead_are_no_faults),
     case("host", "pages_are_converted_in_place", 120, private::pages_are_converted_in_place),
     case("host", "pages_are_converted_by_accesses", 120, private::pages_are_converted_by_accesses),
     case("host", "vcpus_convert_the_same_pages", 240, private::vcpus_convert_the_same_pages),

@@ -57,10 +57,6 @@ pub(super) fn restored_on_demand_in_process_it_goes_on(lab: &Lab) -> anyhow::Res
     restores(lab, &Saved::shared(lab, &TWO)?, &["on-demand"])
 }
 
-pub(super) fn restored_on_demand_with_fill_it_goes_on(lab: &Lab) -> anyhow::Result<()> {
-    restores(lab, &Saved::shared(lab, &TWO)?, &["on-demand", "--background-fill"])
-}
-
 /// The guest's vCPUs leave it on missing pages and ask by the fault queue; a back-end in
 /// a process of its own maps the same memory; one pager brings the pages of both.
 pub(super) fn restored_through_serve_with_a_back_end_it_goes_on(lab: &Lab) -> anyhow::Result<()> {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuExit;
+use vmpager_kvm::ahead::MappedAhead;
 use vmpager_kvm::exit::ExitStats;
 use vmpager_kvm::private::PrivateMemory;
 use vmpager_kvm::probe;
@@ -22,6 +23,7 @@ use crate::PAGE_SIZE;
 use crate::device::to_usize;
 use crate::error::VmError;
 use crate::layout::Layout;
+use crate::memory::GuestMemory;
 use crate::threads::vcpu_thread;
 
 /// When a round's first and last events came.
@@ -86,6 +88,19 @@ impl Builtin {
 
     pub(crate) fn exit_stats(&self) -> Option<ExitStats> {
         self.machine.exit_stats()
+    }
+
+    /// See [`Machine::map_ahead`].
+    pub(crate) fn map_ahead(&mut self, memory: &GuestMemory) {
+        self.machine.map_ahead(memory);
+    }
+
+    pub(crate) fn mapped_ahead(&self) -> Option<MappedAhead> {
+        self.machine.mapped_ahead()
+    }
+
+    pub(crate) fn stage2_faults(&self) -> Option<u64> {
+        self.machine.stage2_faults()
     }
 
     /// Runs one round of the program on every vCPU, each on a thread of its own.

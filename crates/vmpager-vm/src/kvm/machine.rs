@@ -10,9 +10,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
+use vmpager_kvm::ahead::{self, MappedAhead};
 use vmpager_kvm::apf::{self, ApfStats};
 use vmpager_kvm::exit::ExitStats;
 use vmpager_kvm::private::PrivateMemory;
+use vmpager_kvm::stats;
 use vmpager_sys::memory::Mapping;
 
 use super::private::{Protected, Protection};
@@ -51,6 +53,8 @@ pub(crate) struct Machine {
     pub(crate) private: Option<Arc<PrivateMemory>>,
     /// Whether its processor's hypercalls are AMD's.
     pub(super) is_amd: bool,
+    /// What came of mapping hot pages, once that was tried.
+    mapped_ahead: Option<MappedAhead>,
     _memory: Vec<Arc<Mapping>>,
 }
 
@@ -109,7 +113,7 @@ impl Machine {
             vcpus.push(vcpu);
         }
         let is_amd = cpuid::is_amd(&offered);
-        Ok(Self { vcpus, scope, vm, private, is_amd, _memory: memory })
+        Ok(Self { vcpus, scope, vm, private, is_amd, mapped_ahead: None, _memory: memory })
     }
 
     /// Puts a saved state into a machine that has not run. Its memory must be
@@ -143,6 +147,30 @@ impl Machine {
         let Some(boot) = self.vcpus.first() else { return Ok(()) };
         let reset = boot.fd.get_sregs().map_err(refused("read system registers"))?;
         boot.set_registers(&entry.regs(), &entry.sregs(reset))
+    }
+
+    /// Has KVM map the hot pages of its memory that are in place, once, if that is wanted
+    /// and it can; to be called before the guest runs.
+    pub(crate) fn map_ahead(&mut self, memory: &GuestMemory) {
+        if self.mapped_ahead.is_none()
+            && let Some(within) = memory.map_ahead()
+            && let Some(vcpu) = self.vcpus.first()
+            && ahead::is_offered(&self.vm)
+        {
+            let hot = memory.hot_in_place();
+            self.mapped_ahead = Some(ahead::map_ahead(&vcpu.fd, hot, within));
+        }
+    }
+
+    /// What came of it; `None` if it was not tried.
+    pub(crate) fn mapped_ahead(&self) -> Option<MappedAhead> {
+        self.mapped_ahead
+    }
+
+    /// How many stage-2 faults all vCPUs have taken; `None` if KVM does not tell.
+    pub(crate) fn stage2_faults(&self) -> Option<u64> {
+        let faults = self.vcpus.iter().map(|vcpu| stats::stage2_faults(&vcpu.fd).ok().flatten());
+        faults.sum()
     }
 
     /// What exit delivery has done on all vCPUs, if there is any.
