@@ -217,7 +217,6 @@ impl<W: Words> Engine<W> {
     /// Somebody waits for the page at `hva`. `None` if no slot is there.
     pub fn fault(&mut self, hva: Hva) -> Option<FaultPlan> {
         let page = self.slots().page_at(hva)?;
-        self.demanded();
         let (slot, bounds) = self.pages.slots().slot_of(page);
         if slot.page_size == PageSize::Size4K {
             self.neighbours.faulted(page, bounds);
@@ -225,6 +224,7 @@ impl<W: Words> Engine<W> {
         if let Some(replay) = &mut self.replay {
             replay.faulted(page, bounds);
         }
+        self.demanded();
         Some(self.plan(page))
     }
 

@@ -233,3 +233,35 @@ fn pieces_grow_and_collapse_when_somebody_waits() {
     fault(&mut engine, 10);
     assert_eq!(engine.replay_piece(), 256);
 }
+
+/// What the profile lacks makes pieces short at once, so that no fault waits for long; what
+/// it has makes them long again.
+#[test]
+fn pieces_are_short_while_the_profile_is_not_trusted() {
+    let mut engine = engine();
+    engine.replay(&[bytes(0, 2000)]);
+    while engine.replay_piece() < 1024 {}
+    let trusted = |engine: &Engine<_>| engine.replaying().unwrap().is_trusted();
+    fault(&mut engine, 3000);
+    assert_eq!((engine.replay_piece(), trusted(&engine)), (4, false));
+    assert_eq!(engine.replay_piece(), 4, "nor longer when nobody faults");
+    fault(&mut engine, 10);
+    assert_eq!((engine.replay_piece(), trusted(&engine)), (64, true), "its turn was near");
+}
+
+/// A profile of most of memory has most pages of any guest: that it has those of this one
+/// does not make up for what it lacks.
+#[test]
+fn chance_does_not_make_for_trust() {
+    let mut engine = engine();
+    let known: Vec<_> =
+        (0..PAGES).filter(|page| page % 10 > 0).map(|page| bytes(page, 1)).collect();
+    engine.replay(&known);
+    let mut last = 0;
+    for nth in 0..200 {
+        // A tenth of them lacking, none near.
+        fault(&mut engine, PAGES / 2 + nth);
+        last = engine.replay_piece();
+    }
+    assert_eq!(last, 4);
+}

@@ -284,7 +284,7 @@ impl Worker {
             let mut due = self.reads.resume();
             // A piece after every batch of faults: where they never pause, the
             // fill would never end, and they end only with it.
-            if self.fill() {
+            if self.fill(work == Work::None) {
                 work = Work::Filled;
             }
             looks += 1;

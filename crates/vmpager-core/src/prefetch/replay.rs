@@ -18,7 +18,12 @@ use crate::addr::PageRun;
 ///
 /// Its pieces are sized as those of the background fill ([`Pace`]): a guest that is
 /// ahead of the replay faults again and again, and each time costs more than the
-/// pages that one of its pieces brings.
+/// pages that one of its pieces brings. That is so as long as these pages are what the
+/// guest would fault on next. Where they are not, each fault waits for a piece in vain, and
+/// where chance alone hits the profile often, patience lasts for many faults. So pieces
+/// also need *trust*: a fault on a page that the profile lacks makes them the smallest
+/// there are, others let them grow again; and while they are the smallest, none comes
+/// after a fault that was just served ([`is_trusted`](Self::is_trusted)).
 #[derive(Debug)]
 pub struct Replay {
     runs: Vec<PageRun>,
@@ -32,6 +37,8 @@ pub struct Replay {
     far_credit: u32,
     /// Since patience ran out, and until there is [`CREDIT`](Self::CREDIT) again.
     has_stopped: bool,
+    /// In parts of [`WHOLE`]: each doubles the largest piece there may be.
+    trust: u32,
     pace: Pace,
     counts: ReplayCounts,
 }
@@ -43,6 +50,14 @@ const NEAR: u64 = 256;
 /// What a fault on one of them gives back at least: a third of all faults on pages
 /// that the profile has, in its order, is enough to go on.
 const NEAR_CREDIT: u32 = 2 * WHOLE;
+
+/// log2 of the pages of a piece without any trust: a wait of some 4 to 15 us.
+const LEAST_SHIFT: u32 = 2;
+/// All the trust there is, in parts of [`WHOLE`]: pieces as large as any.
+const FULL_TRUST: u32 = (Pace::MAX_SHIFT - LEAST_SHIFT) * WHOLE;
+/// How many times what it gives back of patience a fault gives of trust. One on a page that
+/// the profile lacks takes all of it.
+const TRUST_CREDIT: u32 = 2;
 
 /// How well a profile fits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,8 +88,15 @@ impl Replay {
         let known = members.iter().map(|word| u64::from(word.count_ones())).sum();
         let far_credit = far_credit(known, pages);
         let (patience, counts) = (Self::CREDIT * WHOLE, ReplayCounts::default());
-        let (has_stopped, pace) = (false, Pace::new());
-        Self { runs, at: 0, members, patience, far_credit, has_stopped, pace, counts }
+        // Nobody has waited.
+        let (has_stopped, trust, pace) = (false, FULL_TRUST, Pace::new());
+        Self { runs, at: 0, members, patience, far_credit, has_stopped, trust, pace, counts }
+    }
+
+    /// Whether a piece may come even while others fault, one after the other. If not,
+    /// it waits until nothing else is to be done.
+    pub fn is_trusted(&self) -> bool {
+        self.trust >= WHOLE
     }
 
     /// How many base pages to bring in before faults are looked for again.
@@ -123,11 +145,14 @@ impl Prefetch for Replay {
             let credit = if proves_more { NEAR_CREDIT } else { self.far_credit };
             self.patience = (self.patience + credit).min(Self::PATIENCE * WHOLE);
             self.has_stopped &= self.patience < Self::CREDIT * WHOLE;
+            self.trust = (self.trust + credit * TRUST_CREDIT).min(FULL_TRUST);
         } else {
             self.counts.missed += 1;
             self.patience = self.patience.saturating_sub(WHOLE);
             self.has_stopped |= self.patience == 0;
+            self.trust = 0;
         }
+        self.pace.limit(LEAST_SHIFT + self.trust / WHOLE);
     }
 
     fn interrupted(&mut self) {

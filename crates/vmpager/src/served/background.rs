@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
+use vmpager_core::prefetch::Replay;
 use vmpager_core::prefetch::limits::{CHUNK, COLD_PIECE, LONG, Look};
 use vmpager_core::{FillPlan, Nearby, PageData, PageRun, PageSize, Piece, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
@@ -243,9 +244,13 @@ impl Served {
         }
     }
 
-    /// One piece of the replay of a profile, or of the background fill.
-    pub(crate) fn fill(&mut self, reads: &mut Reads) -> Result<Filled, Lost> {
+    /// One piece of the replay of a profile, or of the background fill. A profile that is
+    /// not trusted has its turn only while the worker is `idle`.
+    pub(crate) fn fill(&mut self, idle: bool, reads: &mut Reads) -> Result<Filled, Lost> {
         if self.is_replaying() {
+            if !idle && !self.engine.replaying().is_some_and(Replay::is_trusted) {
+                return Ok(Filled::Wait);
+            }
             let some = self.replay(reads)?;
             return Ok(if some { Filled::Some } else { Filled::Wait });
         }

@@ -68,8 +68,9 @@ impl Worker {
         }
     }
 
-    /// One step of the background fill, for the memory whose turn it is.
-    pub(super) fn fill(&mut self) -> bool {
+    /// One step of the background fill, for the memory whose turn it is. `idle`: nothing
+    /// was done for those who fault.
+    pub(super) fn fill(&mut self, idle: bool) -> bool {
         if !self.filling.is_empty() {
             self.placement.make_room();
         }
@@ -80,7 +81,7 @@ impl Worker {
             if std::mem::take(&mut self.demanded) {
                 memory.others_wait();
             }
-            let filled = memory.fill(&mut self.reads);
+            let filled = memory.fill(idle, &mut self.reads);
             self.note_retry(id);
             match filled {
                 Ok(Filled::Some) => return true,

@@ -20,6 +20,8 @@ pub(super) struct Trace {
     pub(super) name: String,
     pub(super) memory_pages: u32,
     pub(super) touches: Vec<Touch>,
+    /// What another guest touches, in its order, if that is known.
+    other: Option<Vec<u32>>,
 }
 
 /// A Linux guest's, how it was made: `docs/profile.md`.
@@ -27,6 +29,10 @@ const LINUX: &[u8] = include_bytes!("linux.vmprof");
 
 /// Pages of the generated traces' memory: 64 MiB.
 const PAGES: u32 = 16_384;
+
+/// Of a guest's random order, and of another guest's.
+const SEED: u64 = 1;
+const OTHER_SEED: u64 = 1000;
 
 impl Trace {
     /// What a profile has recorded. Each of its touches was a fault, whose time,
@@ -40,7 +46,8 @@ impl Trace {
             Touch { page: page.page, think_ns: passed.saturating_sub(fault_ns) }
         });
         let touches = touches.collect();
-        Ok(Self { name: shown(path), memory_pages: memory_pages(&profile), touches })
+        let memory_pages = memory_pages(&profile);
+        Ok(Self { name: shown(path), memory_pages, touches, other: None })
     }
 
     /// What a Linux guest touched after a restore. It was an emulated machine's, so
@@ -49,20 +56,28 @@ impl Trace {
         let profile = Profile::decode(LINUX, Path::new("linux.vmprof"))?;
         let touches = profile.pages().iter().map(|page| Touch { page: page.page, think_ns });
         let touches = touches.collect();
-        Ok(Self { name: "linux".into(), memory_pages: memory_pages(&profile), touches })
+        let memory_pages = memory_pages(&profile);
+        Ok(Self { name: "linux".into(), memory_pages, touches, other: None })
     }
 
     fn generated(name: &str, pages: impl Iterator<Item = u32>, think_ns: u64) -> Self {
         let mut seen = vec![false; PAGES as usize];
         let first = pages.filter(|page| !std::mem::replace(&mut seen[*page as usize], true));
         let touches = first.map(|page| Touch { page, think_ns }).collect();
-        Self { name: name.into(), memory_pages: PAGES, touches }
+        Self { name: name.into(), memory_pages: PAGES, touches, other: None }
+    }
+
+    /// So many pages anywhere. Another guest's are others by chance alone.
+    fn dense(pages: u32, think_ns: u64) -> Self {
+        let most = |seed| shuffled(seed).take(pages as usize);
+        let other = Some(most(OTHER_SEED).collect());
+        Self { other, ..Self::generated("dense", most(SEED), think_ns) }
     }
 
     /// A Linux guest, and generated ones of all kinds.
     pub(super) fn known(think_ns: u64) -> anyhow::Result<Vec<Self>> {
         let half = PAGES / 2;
-        let random = shuffled();
+        let random = shuffled(SEED);
         let streams = streams(2000);
         let mixed = streams.clone().zip(random.clone()).flat_map(|(a, b)| [a, b]);
         Ok(vec![
@@ -73,13 +88,17 @@ impl Trace {
             Self::generated("streams", streams, think_ns),
             Self::generated("mixed", mixed, think_ns),
             Self::generated("sparse", random.clone().take(1000), think_ns),
+            Self::dense(PAGES * 3 / 5, think_ns),
             Self::generated("random", random, think_ns),
         ])
     }
 
-    /// As many pages, in the same order, elsewhere: what another guest touches.
-    /// Those that this one touches, too, are left out.
+    /// What another guest touches: if nothing is known of one, as many pages, in the same
+    /// order, elsewhere, without those that this one touches, too.
     pub(super) fn elsewhere(&self) -> Vec<u32> {
+        if let Some(other) = &self.other {
+            return other.clone();
+        }
         let mut own = vec![false; self.memory_pages as usize];
         self.touches.iter().for_each(|touch| own[touch.page as usize] = true);
         let half = self.memory_pages / 2;
@@ -105,10 +124,10 @@ fn streams(each: u32) -> impl Iterator<Item = u32> + Clone {
     })
 }
 
-/// All pages in some random order, the same each time.
-fn shuffled() -> impl Iterator<Item = u32> + Clone {
+/// All pages in some random order, the same each time for one seed.
+fn shuffled(seed: u64) -> impl Iterator<Item = u32> + Clone {
     let mut pages: Vec<u32> = (0..PAGES).collect();
-    let mut state = 1_u64;
+    let mut state = seed;
     for i in (1..pages.len()).rev() {
         state =
             state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
