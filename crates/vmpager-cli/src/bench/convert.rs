@@ -32,7 +32,8 @@ use crate::{output, size};
     meanwhile (others_p99_us), and while nothing is converted (others_alone_p99_us). A row\n\
     of never_converting has the faults served a second (in thousands) of VMs restored\n\
     lazily: one that could have private pages and has none, and plain ones, with memory\n\
-    of a memfd as the first has, and anonymous. Ratios to these: above 1 is better.")]
+    of a memfd as the first has, and anonymous. Ratios to these: above 1 is better. A\n\
+    row's own ratios (below 1 is better) are the medians of those of its rounds.")]
 pub(crate) struct ConvertArgs {
     /// Conversions of each size in a round.
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(2..=4096))]
@@ -136,11 +137,9 @@ fn measure(args: &ConvertArgs, way: Way) -> anyhow::Result<Vec<Row>> {
     for seed in 0..args.rounds {
         // After each size all pages are shared again.
         let mut vm = build(Some(way.backend), 2)?;
-        let mut bare_vm = build(Some(way.backend), 2)?;
-        bare_vm.private().context("private memory")?.answer_by_bare_calls();
         for (bytes, rounds) in args.sizes.iter().zip(&mut measured) {
             let workload = workload(args, way, bytes / PAGE, seed.into());
-            rounds.push(one_round(&workload, args.faults, &mut vm, &mut bare_vm)?);
+            rounds.push(one_round(&workload, args.faults, &mut vm)?);
         }
     }
     Ok(args.sizes.iter().zip(&measured).map(|(bytes, rounds)| row(way, *bytes, rounds)).collect())
@@ -148,6 +147,9 @@ fn measure(args: &ConvertArgs, way: Way) -> anyhow::Result<Vec<Row>> {
 
 fn row(way: Way, bytes: u64, rounds: &[Measured]) -> Row {
     let all = |what: fn(&Measured) -> f64| median(rounds.iter().map(what));
+    // A round's VM is another one.
+    let ratio_bare = all(|r| r.conversion_us / r.bare_us);
+    let ratio_others = all(|r| r.others_p99_us / r.others_alone_p99_us);
     let (conversion_us, bare_us) = (all(|r| r.conversion_us), all(|r| r.bare_us));
     let others = all(|r| r.others_p99_us);
     let alone = all(|r| r.others_alone_p99_us);
@@ -158,10 +160,10 @@ fn row(way: Way, bytes: u64, rounds: &[Measured]) -> Row {
         conversion_us: round(conversion_us),
         conversions_per_s: round(1e6 / conversion_us),
         bare_us: round(bare_us),
-        ratio_bare: round(conversion_us / bare_us),
+        ratio_bare: round(ratio_bare),
         others_p99_us: round(others),
         others_alone_p99_us: round(alone),
-        ratio_others: round(others / alone),
+        ratio_others: round(ratio_others),
     }
 }
 
@@ -190,26 +192,30 @@ fn workload(args: &ConvertArgs, way: Way, pages: u64, seed: u64) -> ConvertWorkl
     }
 }
 
-fn one_round(
-    workload: &ConvertWorkload,
-    faults: u64,
-    vm: &mut Vm,
-    bare_vm: &mut Vm,
-) -> anyhow::Result<Measured> {
+/// How often a round turns from conversions to the bare calls or back, and again. All in
+/// one VM, for no two have memory that is equally fast; in short turns, for the machine
+/// becomes slower and faster meanwhile.
+const TURNS: u64 = 12;
+
+fn one_round(workload: &ConvertWorkload, faults: u64, vm: &mut Vm) -> anyhow::Result<Measured> {
     let idle = ConvertWorkload { conversions: 0, ..workload.clone() };
     let (_, alone) = vm.time_conversions(&idle, faults)?;
     let (_, others) = vm.time_conversions(workload, faults)?;
-    // With nobody else who wants the CPU. Those in the middle make up for those at the
-    // ends, should all of it become slower or faster meanwhile.
-    let half = (workload.conversions / 2).next_multiple_of(2);
-    let half = ConvertWorkload { conversions: half, ..workload.clone() };
+    // With nobody else who wants the CPU. An even number of conversions leaves all shared.
+    let slice = (workload.conversions / TURNS).next_multiple_of(2);
+    let slice = ConvertWorkload { conversions: slice, ..workload.clone() };
+    let answer = |vm: &Vm, by_bare_calls| {
+        vm.private().context("private memory").map(|p| p.answer_by_bare_calls(by_bare_calls))
+    };
     let (mut converted, mut bare) = (Ways::default(), Ways::default());
-    let is_first = workload.seed.is_multiple_of(2);
-    for is_bare in [!is_first, is_first, is_first, !is_first] {
-        let (vm, ways) =
-            if is_bare { (&mut *bare_vm, &mut bare) } else { (&mut *vm, &mut converted) };
-        ways.add(&vm.time_conversions(&half, 1)?.0);
+    for _ in 0..TURNS / 2 {
+        for is_bare in [false, true, true, false] {
+            answer(vm, is_bare)?;
+            let ways = if is_bare { &mut bare } else { &mut converted };
+            ways.add(&vm.time_conversions(&slice, 1)?.0);
+        }
     }
+    answer(vm, false)?;
     Ok(Measured {
         conversion_us: converted.mean_us(),
         bare_us: bare.mean_us(),

@@ -371,11 +371,12 @@ impl PrivateMemory {
         i64::from(-errno).cast_unsigned()
     }
 
-    /// For benchmarks, the floor of all conversions: from now on hypercalls, and accesses
-    /// that ask for conversions, are answered by the back-end's bare calls, with no rules,
-    /// no log, and nothing known of kinds. Such a VM is good for nothing else any more.
-    pub fn answer_by_bare_calls(&self) {
-        self.bare.store(true, Ordering::Relaxed);
+    /// For benchmarks, the floor of all conversions: while this is set, hypercalls, and
+    /// accesses that ask for conversions, are answered by the back-end's bare calls, with no
+    /// rules, no log, and nothing known of kinds. When it ends, all pages must be of the
+    /// kinds they had before.
+    pub fn answer_by_bare_calls(&self, bare: bool) {
+        self.bare.store(bare, Ordering::Relaxed);
     }
 
     fn bare_calls(&self, request: &Request) -> u64 {

@@ -104,25 +104,13 @@ pub(super) fn bench_apf_measures_every_way(lab: &Lab) -> anyhow::Result<()> {
     command.args(["bench", "apf", "--latency", "0,5", "--walkers", "4", "--rounds", "1"]);
     command.args(["--json", "--dir", ".", "--kernel"]).arg(&lab.kernel);
     command.arg("--initrd").arg(&lab.initrd);
-    rows(&mut command, 2)
-}
-
-/// All rows of the bench.
-pub(super) fn bench_apf_in_full(lab: &Lab) -> anyhow::Result<()> {
-    let mut command = Command::new(&lab.vmpager);
-    command.args(["bench", "apf", "--json", "--dir", ".", "--kernel"]).arg(&lab.kernel);
-    command.arg("--initrd").arg(&lab.initrd);
-    rows(&mut command, 15)
-}
-
-fn rows(command: &mut Command, expected: usize) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("running {command:?}"))?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {}: {error}", output.status);
     let report: Value = serde_json::from_slice(&output.stdout).context("its report")?;
     let rows = report["rows"].as_array().context("no rows")?;
     rows.iter().for_each(|row| println!("{row}"));
-    ensure!(rows.len() == expected, "{} rows, not {expected}", rows.len());
+    ensure!(rows.len() == 2, "{} rows, not 2", rows.len());
     for row in rows {
         let measured = ["sync_s", "kernel_apf_s", "vmpager_s", "ratio_sync", "ratio_kernel"];
         let all = measured.iter().all(|key| row[key].as_f64().is_some_and(|number| number > 0.0));

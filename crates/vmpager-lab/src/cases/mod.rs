@@ -5,6 +5,7 @@ mod ahead;
 mod apf;
 mod back_end;
 mod beat;
+mod bench;
 mod exits;
 mod faulty;
 mod guest;
@@ -164,7 +165,6 @@ pub(crate) const ALL: &[Case] = &[
         240,
         private::bench_convert_measures_every_way,
     ),
-    case("long", "bench_convert_in_full", 1800, private::bench_convert_in_full),
     case("apf", "saved_with_tasks_asleep_it_goes_on", 120, apf::saved_with_tasks_asleep_it_goes_on),
     case(
         "apf",
@@ -174,7 +174,7 @@ pub(crate) const ALL: &[Case] = &[
     ),
     case("apf", "a_reset_with_tasks_asleep_is_told", 90, apf::a_reset_with_tasks_asleep_is_told),
     case("apf", "bench_apf_measures_every_way", 120, apf::bench_apf_measures_every_way),
-    case("long", "bench_apf_in_full", 1200, apf::bench_apf_in_full),
+    case("long", "benches_in_full", 3600, bench::benches_in_full),
     case("long", "told_of_50000_faults_it_goes_on", 1800, apf::told_of_50000_faults_it_goes_on),
     case(
         "restore",
