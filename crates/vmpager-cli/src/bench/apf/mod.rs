@@ -7,7 +7,8 @@ mod guest;
 mod tasks;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vmpager_vm::{AsyncFaults, Delivery, ExitMechanism};
@@ -28,8 +29,8 @@ use crate::{output, size};
     0x9b1e64c85f07a3d1, and obeys its console: after `walk: ready` it is saved, and at\n\
     `walk MILLISECONDS WALKERS PAGES` it computes so long in one task, checks so many\n\
     of its pages in each of the others, and prints `walk: done ms=TIME wrong=PAGES`.\n\
-    `cargo xtask lab` makes such an initrd. As long as one walker waits, the guest\n\
-    computes. Its vCPU has the last CPU for itself, and whoever brings pages the others.\n\
+    `cargo xtask lab` makes such an initrd. The guest computes as long as one\n\
+    walker waits, as waiting goes on this machine (latency_took_ms). Its vCPU has the last CPU for itself, and whoever brings pages the others.\n\
     Rounds are interleaved, and each number is the median of its rounds;\n\
     ratios are of times, above 1 vmpager is faster.")]
 pub(crate) struct ApfArgs {
@@ -74,6 +75,8 @@ const WAITING_MS: f64 = 200.0;
 const FEWEST: f64 = 10.0;
 /// What is computed while nothing has to be waited for.
 const COMPUTED_MS: f64 = 20.0;
+/// How often a latency is measured.
+const SLEEPS: u32 = 9;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -88,6 +91,8 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct Row {
     latency_ms: f64,
+    /// How long this machine sleeps who wants to sleep that long.
+    latency_took_ms: f64,
     walkers: u64,
     /// Pages of each walker.
     pages: u64,
@@ -153,15 +158,13 @@ pub(crate) fn run(args: &ApfArgs) -> anyhow::Result<()> {
 
 fn row(args: &ApfArgs, guest: &Guest, latency: f64, walkers: u64) -> anyhow::Result<Row> {
     let most = to_f64(args.pages);
+    let asked = Duration::try_from_secs_f64(latency / 1e3)?;
+    let took = slept(asked);
     let pages = if latency > 0.0 { (WAITING_MS / latency).max(FEWEST).min(most) } else { most };
-    let compute = if latency > 0.0 { pages.floor() * latency } else { COMPUTED_MS };
+    let compute = if latency > 0.0 { pages.floor() * took } else { COMPUTED_MS };
     let whole = |number: f64| Duration::from_secs_f64(number.max(0.0)).as_secs();
-    let walk = Walk {
-        latency: Duration::try_from_secs_f64(latency / 1e3)?,
-        compute_ms: whole(compute.ceil()),
-        walkers,
-        pages: whole(pages),
-    };
+    let walk =
+        Walk { latency: asked, compute_ms: whole(compute.ceil()), walkers, pages: whole(pages) };
     let (mut sync, mut kernel, mut ours) = (Vec::new(), Vec::new(), Vec::new());
     let mut counters = None;
     for _ in 0..args.rounds {
@@ -174,6 +177,7 @@ fn row(args: &ApfArgs, guest: &Guest, latency: f64, walkers: u64) -> anyhow::Res
     let (sync, kernel, ours) = (median(sync), median(kernel), median(ours));
     Ok(Row {
         latency_ms: latency,
+        latency_took_ms: round(took),
         walkers,
         pages: walk.pages,
         compute_ms: walk.compute_ms,
@@ -184,6 +188,16 @@ fn row(args: &ApfArgs, guest: &Guest, latency: f64, walkers: u64) -> anyhow::Res
         ratio_kernel: round(kernel / ours),
         vmpager: counters.unwrap_or_default(),
     })
+}
+
+/// How long it takes to sleep so long, in milliseconds.
+fn slept(long: Duration) -> f64 {
+    let once = |_| {
+        let begin = Instant::now();
+        thread::sleep(long);
+        begin.elapsed().as_secs_f64() * 1e3
+    };
+    if long.is_zero() { 0.0 } else { median((0..SLEEPS).map(once)) }
 }
 
 fn show(report: &Report) -> anyhow::Result<()> {
