@@ -136,6 +136,32 @@ fn each_step_that_fails_is_told_with_what_stands() {
     }
 }
 
+/// Pages with others between them, which have the kind already, are closed one after the
+/// other.
+#[test]
+fn when_a_close_fails_what_was_closed_before_it_is_opened_again() {
+    let (fake, memory) = memory(Intent::Access);
+    memory.convert(&asked(10..12, Kind::Private), Cause::Hypercall).expect("nothing fails");
+    fake.calls.lock().expect("no panic").clear();
+    *fake.fails.lock().expect("no panic") = vec!["close to private 12..14"];
+    let error = memory.convert(&asked(8..14, Kind::Private), Cause::Hypercall);
+    let error = error.expect_err("it fails").to_string();
+    assert!(error.contains("closing gpa 0xc000 to 0xe000") && error.contains("all is as it was"));
+    let calls = fake.calls.lock().expect("no panic").clone();
+    let expected = [
+        "close to private 8..10",
+        "close to private 12..14",
+        "reopen to shared 8..10",
+        "reopen to shared 12..14",
+        "discard private 8..10",
+        "discard private 12..14",
+    ];
+    assert_eq!(calls, expected);
+    assert_eq!(memory.private_ranges(), vec![10 * PAGE_BYTES..12 * PAGE_BYTES]);
+    let answer = memory.on_fault(8 * PAGE_BYTES, 1, Kind::Shared).ok();
+    assert_eq!(answer, Some(AfterFault::Matches), "open to those who had it");
+}
+
 #[test]
 fn a_guest_is_told_einval_and_nothing_changes() {
     let (fake, memory) = memory(Intent::Access);
