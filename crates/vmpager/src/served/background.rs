@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
-use vmpager_core::prefetch::Replay;
 use vmpager_core::prefetch::limits::{CHUNK, COLD_PIECE, LONG, Look};
+use vmpager_core::prefetch::{Prefetch, Replay};
 use vmpager_core::{FillPlan, Nearby, PageData, PageRun, PageSize, Piece, Priority, SourceError};
 use vmpager_sys::uffd::Stop;
 
@@ -241,6 +241,15 @@ impl Served {
                 let read = self.background(run, Priority::Prefetch, None);
                 self.read_failed(read, &error, reads)
             }
+        }
+    }
+
+    /// Whether pieces come that a vCPU would wait for that has no CPU to itself: not while
+    /// a profile has been given up, or is not trusted.
+    pub(crate) fn brings_much(&self) -> bool {
+        match self.engine.replaying().filter(|replay| replay.next().is_some()) {
+            Some(replay) => replay.is_trusted(),
+            None => self.fill,
         }
     }
 

@@ -71,7 +71,9 @@ impl Worker {
     /// One step of the background fill, for the memory whose turn it is. `idle`: nothing
     /// was done for those who fault.
     pub(super) fn fill(&mut self, idle: bool) -> bool {
-        if !self.filling.is_empty() {
+        // On a busy machine it takes milliseconds until the worker runs again.
+        let Self { filling, memories, .. } = self;
+        if filling.iter().filter_map(|id| memories.get(id)).any(Served::brings_much) {
             self.placement.make_room();
         }
         for _ in 0..self.filling.len() {
