@@ -18,6 +18,7 @@ mod tally;
 mod tool;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -95,6 +96,7 @@ impl LabArgs {
 /// Builds, boots, watches; fails if any test failed or did not run.
 pub(crate) fn run(root: &Path, args: &LabArgs) -> anyhow::Result<()> {
     let target = root.join("target").join("lab");
+    fs::create_dir_all(&target).with_context(|| format!("making {}", target.display()))?;
     let programs = build::programs(root)?;
     let cases: Vec<Case> =
         build::cases(&programs)?.into_iter().filter(|case| args.wants(case)).collect();
