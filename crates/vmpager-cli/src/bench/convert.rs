@@ -202,7 +202,7 @@ fn one_round(workload: &ConvertWorkload, faults: u64, vm: &mut Vm) -> anyhow::Re
     let (_, alone) = vm.time_conversions(&idle, faults)?;
     let (_, others) = vm.time_conversions(workload, faults)?;
     // With nobody else who wants the CPU. An even number of conversions leaves all shared.
-    let slice = (workload.conversions / TURNS).next_multiple_of(2);
+    let slice = (workload.conversions / TURNS).next_multiple_of(2).max(2);
     let slice = ConvertWorkload { conversions: slice, ..workload.clone() };
     let answer = |vm: &Vm, by_bare_calls| {
         vm.private().context("private memory").map(|p| p.answer_by_bare_calls(by_bare_calls))

@@ -30,7 +30,8 @@ use crate::{output, size};
     `walk MILLISECONDS WALKERS PAGES` it computes so long in one task, checks so many\n\
     of its pages in each of the others, and prints `walk: done ms=TIME wrong=PAGES`.\n\
     `cargo xtask lab` makes such an initrd. The guest computes as long as one\n\
-    walker waits, as waiting goes on this machine (latency_took_ms). Its vCPU has the last CPU for itself, and whoever brings pages the others.\n\
+    walker waits, as waiting goes on this machine (latency_took_ms). Its vCPU has the last\n\
+    CPU for itself, and whoever brings pages the others.\n\
     Rounds are interleaved, and each number is the median of its rounds;\n\
     ratios are of times, above 1 vmpager is faster.")]
 pub(crate) struct ApfArgs {
