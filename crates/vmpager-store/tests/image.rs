@@ -189,17 +189,21 @@ fn a_page_that_is_cached_is_at_hand_and_others_come_later() {
     };
     let of = mixed();
     let mut data = (0..600).zip(&of).filter(|(_, page)| **page != Page::Zero).map(|(n, _)| n);
-    let (first, last) = (data.next().unwrap(), data.last().unwrap());
+    let first = data.next().unwrap();
     if one(&mut *reader, first).is_none() {
         vmpager_testing::skipped("this file system cannot tell what is in the page cache");
         return;
     }
     evict(&file);
     assert_eq!(one(&mut *reader, first).unwrap(), bytes[span(pages(first, 1))], "decoded before");
-    assert_eq!(one(&mut *reader, last), None, "neither decoded nor in the page cache");
-    let range = pages(last, 1);
+    // Asking starts the kernel's read-ahead, which now and then is over by the time of the
+    // answer.
+    let others: Vec<u64> = data.collect();
+    let away = others.into_iter().rev().find(|n| one(&mut *reader, *n).is_none());
+    let away = away.expect("most are neither decoded nor in the page cache");
+    let range = pages(away, 1);
     assert_eq!(submit_and_wait(&mut *reader, range).unwrap(), bytes[span(range)]);
-    assert_eq!(one(&mut *reader, last).unwrap(), bytes[span(range)], "at hand from now on");
+    assert_eq!(one(&mut *reader, away).unwrap(), bytes[span(range)], "at hand from now on");
 }
 
 #[test]

@@ -127,7 +127,13 @@ fn a_page_that_is_not_at_hand_is_waited_for() {
     let mut installer = pager.installer().unwrap().unwrap();
     let cold = hva(&memory, 1);
     assert_eq!(installer.resolve(cold), Resolution::Waiting);
-    assert!(!installer.wait(cold, Instant::now() + Duration::from_millis(50)));
+    // It may be told to look again while the worker takes the page over.
+    let waits = (0..100).any(|_| {
+        let in_vain = !installer.wait(cold, Instant::now() + Duration::from_millis(50));
+        assert_eq!(installer.resolve(cold), Resolution::Waiting);
+        in_vain
+    });
+    assert!(waits, "who waits looks again and again");
     // Others are not held up.
     assert_eq!(installer.resolve(hva(&memory, 2)), Resolution::Installed);
     assert_eq!(installer.resolve(cold), Resolution::Waiting);
@@ -136,9 +142,9 @@ fn a_page_that_is_not_at_hand_is_waited_for() {
             std::thread::sleep(Duration::from_millis(20));
             source.release();
         });
-        assert!(installer.wait(cold, Instant::now() + Duration::from_secs(30)));
+        let end = bring(&mut installer, cold);
+        assert!([Resolution::Present, Resolution::Installed].contains(&end), "{end:?}");
     });
-    assert_eq!(installer.resolve(cold), Resolution::Present);
     assert_eq!(page(&memory, PAGE), Holds::Source(PAGE));
     assert_eq!(source.fetches(1), 1);
 }
@@ -168,9 +174,8 @@ fn after_the_pager_has_ended_nobody_waits() {
             std::thread::sleep(Duration::from_millis(20));
             drop(pager);
         });
-        assert!(installer.wait(held, Instant::now() + Duration::from_secs(30)));
+        assert_eq!(bring(&mut installer, held), Resolution::Ended);
     });
-    assert_eq!(installer.resolve(held), Resolution::Ended);
 }
 
 /// Owners give pages back and look at them, while installers ask for the same
