@@ -156,14 +156,14 @@ impl Boot {
     }
 }
 
-/// Starts a program, and collects what it says on standard error: the
-/// emulator has opinions on CPU features there, of interest only if it fails.
 /// Settings of tests, which the kernel hands to its init as environment.
 fn settings() -> String {
     let of_tests = std::env::vars().filter(|(name, _)| name.starts_with("VMPAGER_LAB_TEST_"));
     of_tests.map(|(name, value)| format!(" {name}={value}")).collect()
 }
 
+/// Starts a program, and collects what it says on standard error: the
+/// emulator has opinions on CPU features there, of interest only if it fails.
 fn start(command: &mut Command) -> anyhow::Result<(Child, thread::JoinHandle<String>)> {
     let mut child = command
         .stdin(Stdio::null())
